@@ -1,0 +1,43 @@
+"""Deep support vectors: the DeepKKT conditions of a trained classifier, and samples that meet them.
+
+Public names are loaded on first use, so that the command line answers before torch is imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "analysis": ("entropy", "margin"),
+    "augmentation": ("DSA", "AugmentationConfig", "augment"),
+    "checkpoints": ("load_classifier", "save_classifier"),
+    "conditions": ("Residuals", "deepkkt_loss", "residuals", "weighted_gradient"),
+    "datasets": ("Dataset", "Split", "load_dataset"),
+    "evaluation": ("Evaluation", "EvaluationConfig", "evaluate"),
+    "models": ("build_model", "embed"),
+    "priors": ("total_variation",),
+    "run": ("Run",),
+    "samples": ("SupportSet",),
+    "solution": ("Solution", "Status"),
+    "synthesis": ("SynthesisConfig", "synthesize"),
+    "training": ("TrainConfig", "accuracy", "train"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that defines `name` and return the public object."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'dsvlib' has no attribute {name!r}")
+    value = getattr(import_module(f"dsvlib.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,41 @@
+"""What samples and their multipliers say about a classifier: entropy, margin, λ and accuracy."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsvlib.validation import as_labels, check_label_range, check_same_length
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits: expected shape [n, K] with K ≥ 2, got {list(logits.shape)}; "
+            f"pass the classifier's output for a batch"
+        )
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return −Σ_c p_c log p_c of the softmax probabilities, in nats, [n]; from 0 to log K."""
+    _check_logits(logits)
+    log_probabilities = F.log_softmax(logits, dim=1)
+    # p·log p → 0 as p → 0: masked where exp underflowed, since 0·(−∞) would be a NaN
+    product = log_probabilities.exp() * log_probabilities.clamp(min=-1e4)
+    return -product.sum(dim=1)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return Φ_y(x) − max_{c≠y} Φ_c(x), [n]; negative where the sample is misclassified.
+
+    Soft labels count as their most probable class.
+    """
+    _check_logits(logits)
+    labels = as_labels(labels)
+    check_same_length(logits=len(logits), labels=len(labels))
+    check_label_range(labels, logits.shape[1])
+    target = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    chosen = logits.gather(1, target[:, None])
+    others = logits.scatter(1, target[:, None], -torch.inf)
+    return chosen[:, 0] - others.amax(dim=1)

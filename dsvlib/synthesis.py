@@ -1,0 +1,403 @@
+"""Synthesis of deep support vectors: DSV Algorithm 1.
+
+    L_total(X, Λ) = L_kkt(X, Λ) + η·L_kkt(A(X), Λ) + β2·L_tv(X) + β3·L_norm(X)
+    L_kkt(X, Λ)   = α·D(θ, −Σᵢ λᵢ ∇_θ Lᵢ) + β1·L_primal(X)
+
+Gradient steps on X and Λ, λ ≥ 0 kept by clamping or removal, A drawn afresh each step. Each L_kkt
+costs one forward and two backward passes, whatever the number of samples.
+
+Shapes: X [n, C, H, W], Λ [n], labels int64 [n] or float [n, K].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsvlib.analysis import entropy
+from dsvlib.augmentation import AugmentationConfig, apply, draw
+from dsvlib.conditions import (
+    Conditions,
+    Terms,
+    evaluation_mode,
+    is_feasible,
+    primal_loss,
+    residuals,
+)
+from dsvlib.distance import DISTANCES, Distance
+from dsvlib.priors import image_variation, squared_norm
+from dsvlib.progress import progress_bar
+from dsvlib.samples import SupportSet
+from dsvlib.solution import Solution, Status
+from dsvlib.training import learning_rate_factor
+from dsvlib.validation import as_labels, check_choice, check_finite, check_inputs, check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisConfig:
+    """Every choice of Algorithm 1; the defaults give good DSVs of the shipped digits classifier.
+
+    steps, learning_rate, betas, schedule
+        Adam steps on X over all resolutions, with a ``"cosine"`` or ``"constant"`` schedule.
+    multiplier_learning_rate, initial_multiplier
+        Adam's rate and the start for Λ; rate 0 keeps λ fixed.
+    negative_multiplier
+        ``"clamp"`` λ to 0, or ``"remove"`` the sample as the paper does.
+    distance
+        D: ``"cosine"``, ``"l1"`` or ``"l2"``.
+    reduction
+        Whether λᵢ weighs L as a ``"sum"`` (the stationarity equation) or a ``"mean"`` over n.
+    stationarity_weight, primal_weight, augmented_weight, tv_weight, norm_weight
+        α, β1, η, β2, β3. Total variation and squared norm are taken per pixel, averaged over
+        samples, so that a weight means the same at every size. α = 0 leaves out stationarity.
+    augmentation
+        A, drawn afresh at every step for every sample.
+    resolutions
+        Image sides to optimise at, one after the other, e.g. ``(16, 32)``; the steps are shared
+        equally. X is up-sampled to the model's size before it is read. Empty: full size only.
+    tolerance
+        Stop when the loss changed by less than this fraction between two logged steps; 0 never.
+    log_every
+        Steps between rows of the history.
+    """
+
+    steps: int = 600
+    learning_rate: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    multiplier_learning_rate: float = 0.01
+    initial_multiplier: float = 1.0
+    negative_multiplier: Literal["clamp", "remove"] = "clamp"
+    distance: Distance = "cosine"
+    reduction: Literal["sum", "mean"] = "sum"
+    stationarity_weight: float = 1.0
+    primal_weight: float = 1.0
+    augmented_weight: float = 1.0
+    tv_weight: float = 0.1
+    norm_weight: float = 0.0
+    augmentation: AugmentationConfig = field(
+        default_factory=lambda: AugmentationConfig(translate=0.125, noise=0.1)
+    )
+    resolutions: tuple[int, ...] = ()
+    tolerance: float = 0.0
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        check_choice("schedule", self.schedule, ("cosine", "constant"))
+        check_choice("negative_multiplier", self.negative_multiplier, ("clamp", "remove"))
+        check_choice("distance", self.distance, DISTANCES)
+        check_choice("reduction", self.reduction, ("sum", "mean"))
+        for name in ("learning_rate", "initial_multiplier"):
+            check_number(name, getattr(self, name), above=0)
+        for name in ("steps", "log_every"):
+            check_number(name, getattr(self, name), at_least=1)
+        for name in ("multiplier_learning_rate", "tolerance"):
+            check_number(name, getattr(self, name), at_least=0)
+        for part in ("stationarity", "primal", "augmented", "tv", "norm"):
+            check_number(f"{part}_weight", getattr(self, f"{part}_weight"), at_least=0)
+        if any(side < 1 for side in self.resolutions):
+            raise ValueError(
+                f"resolutions: expected image sides ≥ 1, got {self.resolutions}; e.g. (16, 32)"
+            )
+        if len(self.resolutions) > self.steps:
+            raise ValueError(
+                f"steps: expected at least one for each of {len(self.resolutions)} resolutions, "
+                f"got {self.steps}; raise it"
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `on_step` sees after each step: detached views that must not be written to."""
+
+    number: int
+    inputs: Tensor
+    multipliers: Tensor
+    total: float
+
+
+def synthesize(
+    model: nn.Module,
+    labels: Tensor | Sequence[int],
+    shape: Sequence[int],
+    *,
+    config: SynthesisConfig | None = None,
+    init: Tensor | None = None,
+    bounds: tuple[Tensor, Tensor] | tuple[float, float] | None = None,
+    params: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Solution:
+    """Make one deep support vector per label from noise, or from `init` (DSV Algorithm 1).
+
+    Parameters
+    ----------
+    model
+        A trained classifier; read in evaluation mode and left as it was, also after an error.
+    labels
+        Class numbers [n], or float rows [n, K] that sum to 1 (soft labels).
+    shape
+        One sample's shape, (C, H, W); (d,) for tabular data, without image terms.
+    init
+        Start of X, [n, *shape]: real images ("1 shot"), another data set's, or None for N(0, I).
+    bounds
+        Lowest and highest valid value, numbers or one per channel [C]; X is kept inside after
+        every step. `Dataset.bounds` fits.
+    params
+        Parameters in the stationarity sum, a subset of ``dict(model.named_parameters())``.
+    generator
+        CPU generator for the start and the augmentation; default: a fresh one with seed 0.
+    on_step
+        Called after every step with a `Step`; an exception from it stops the run.
+
+    Raises ValueError or TypeError for labels, shapes, starts or bounds that do not fit. A run that
+    becomes non-finite ends with status `NON_FINITE` and the last finite samples.
+    """
+    config = config or SynthesisConfig()
+    generator = generator or torch.Generator().manual_seed(0)
+    conditions = Conditions(model, params=params)
+    theta = conditions.flat_theta
+    labels = as_labels(labels).to(theta.device)
+    size = tuple(int(side) for side in shape)
+    x = _start(init, len(labels), size, generator).to(theta)
+    multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
+    run = _Run(conditions, config, labels, size, _limits(bounds, size, theta), generator, on_step)
+    with evaluation_mode(model), torch.enable_grad():
+        status = run.optimise(x, multipliers)
+    samples = SupportSet(run.at_full_size(run.x), run.labels, run.multipliers.detach())
+    return Solution(
+        samples=samples,
+        status=status,
+        history=pd.DataFrame(run.rows),
+        residuals=residuals(model, samples, params=params),
+        config=config,
+    )
+
+
+def _start(
+    init: Tensor | None, count: int, shape: tuple[int, ...], generator: torch.Generator
+) -> Tensor:
+    if init is None:
+        return torch.randn(count, *shape, generator=generator)
+    check_inputs(init, "init")
+    if tuple(init.shape) != (count, *shape):
+        raise ValueError(
+            f"init: expected shape {[count, *shape]} (one start per label), got "
+            f"{list(init.shape)}; resize or repeat the starting images"
+        )
+    return init.detach().clone()
+
+
+def _limits(
+    bounds: tuple[Tensor, Tensor] | tuple[float, float] | None, shape: tuple[int, ...], like: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Return bounds as tensors that broadcast over [n, *shape]."""
+    if bounds is None:
+        return None
+    low, high = (torch.as_tensor(b).to(like) for b in bounds)
+    for name, bound in (("low", low), ("high", high)):
+        check_finite(f"bounds {name}", bound)
+        if bound.ndim > 1 or bound.numel() not in (1, shape[0]):
+            raise ValueError(
+                f"bounds: expected (low, high) as numbers or one per channel [{shape[0]}], got "
+                f"{name} of shape {list(bound.shape)}; Dataset.bounds has the right form"
+            )
+    low, high = (b.reshape(-1, *(1,) * (len(shape) - 1)) for b in (low, high))
+    if bool((low >= high).any()):
+        raise ValueError("bounds: expected low < high in every channel; swap them")
+    return low, high
+
+
+class _Run:
+    """State of one run: X and Λ, their optimiser, and the history so far."""
+
+    def __init__(
+        self,
+        conditions: Conditions,
+        config: SynthesisConfig,
+        labels: Tensor,
+        shape: tuple[int, ...],
+        limits: tuple[Tensor, Tensor] | None,
+        generator: torch.Generator,
+        on_step: Callable[[Step], None] | None,
+    ) -> None:
+        self.conditions = conditions
+        self.config = config
+        self.labels = labels
+        self.shape = shape
+        self.limits = limits
+        self.generator = generator
+        self.on_step = on_step
+        self.is_image = len(shape) == 3
+        if not self.is_image and (config.resolutions or config.tv_weight):
+            # tabular data has no neighbouring pixels
+            self.config = dataclasses.replace(config, resolutions=(), tv_weight=0.0)
+        self.rows: list[dict[str, float]] = []
+        self.x = self.multipliers = torch.empty(0)
+        self.last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def optimise(self, x: Tensor, multipliers: Tensor) -> Status:
+        """Run all stages; X and Λ are read from `self` afterwards."""
+        self.x, self.multipliers = self._clamped(x), multipliers
+        optimizer = self._optimizer()
+        plan = list(self._plan())
+        for number, (side, factor) in enumerate(progress_bar(plan, "synthesis"), start=1):
+            if side is not None:
+                x = F.interpolate(self.x.detach(), (side, side), mode="bilinear", antialias=True)
+                self.x, self.multipliers = self._clamped(x), self.multipliers.detach()
+                optimizer = self._optimizer()
+            status = self._step(optimizer, number, factor)
+            if status is not None:
+                return status
+        return Status.ALL_STEPS
+
+    def _plan(self) -> Iterator[tuple[int | None, float]]:
+        """Yield for each step the image side to change to, if any, and the learning-rate factor."""
+        stages: Sequence[int | None] = self.config.resolutions or (None,)
+        for stage, side in enumerate(stages):
+            steps = self.config.steps // len(stages) + (stage < self.config.steps % len(stages))
+            for local in range(steps):
+                factor = learning_rate_factor(self.config.schedule, local / steps)
+                yield (side if local == 0 else None), factor
+
+    def _optimizer(self) -> torch.optim.Adam:
+        """Return Adam on X and Λ, fresh for each resolution; group 0 is X, group 1 is Λ."""
+        self.x.requires_grad_()
+        self.multipliers.requires_grad_()
+        rates = (self.config.learning_rate, self.config.multiplier_learning_rate)
+        groups = [
+            {"params": [value], "lr": rate, "initial_lr": rate}
+            for value, rate in zip((self.x, self.multipliers), rates, strict=True)
+        ]
+        return torch.optim.Adam(groups, betas=self.config.betas)
+
+    def _step(self, optimizer: torch.optim.Adam, number: int, factor: float) -> Status | None:
+        """Take one step; return a status if the run is over."""
+        total, metrics = self._loss()
+        gradients = torch.autograd.grad(total, [self.x, self.multipliers], materialize_grads=True)
+        value = float(total.detach())
+        finite = torch.stack([torch.isfinite(g).all() for g in (total, *gradients)]).all()
+        if not finite:
+            self._restore()
+            return Status.NON_FINITE
+        logged = number % self.config.log_every == 0 or number in (1, self.config.steps)
+        if logged:
+            self.rows.append({"step": number} | {k: float(v.detach()) for k, v in metrics.items()})
+        # the samples that this loss was finite at: where we return to if the step goes wrong
+        self.last = (self.x.detach().clone(), self.multipliers.detach().clone(), self.labels)
+        for group, gradient in zip(optimizer.param_groups, gradients, strict=True):
+            group["lr"] = group["initial_lr"] * factor
+            group["params"][0].grad = gradient
+        optimizer.step()
+        with torch.no_grad():
+            if self.limits is not None:
+                self.x.clamp_(*self.limits)
+            if self.config.negative_multiplier == "clamp":
+                self.multipliers.clamp_(min=0)
+            elif not self._remove_negative(optimizer):
+                self._restore()
+                return Status.NO_CANDIDATES
+        if self.on_step is not None:
+            self.on_step(Step(number, self.at_full_size(self.x), self.multipliers.detach(), value))
+        return self._converged() if logged else None
+
+    def _restore(self) -> None:
+        if self.last is not None:
+            self.x, self.multipliers, self.labels = self.last
+
+    def _loss(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return L_total and its unweighted terms."""
+        config = self.config
+        x = self.at_full_size(self.x, detach=False)
+        plain = self._terms(x)
+        total = self._kkt(plain)
+        with torch.no_grad():
+            metrics = {
+                "stationarity": plain.stationarity,
+                "primal": plain.primal,
+                "feasible": is_feasible(plain.logits, self.labels).to(total.dtype).mean(),
+                "entropy": entropy(plain.logits).mean(),
+                "multiplier_sum": self.multipliers.sum(),
+                "active": (self.multipliers > 0).to(total.dtype).mean(),
+            }
+        if config.augmented_weight and self.is_image:
+            numbers = draw(
+                config.augmentation,
+                len(x),
+                (self.shape[0], self.shape[1], self.shape[2]),
+                generator=self.generator,
+                device=x.device,
+                dtype=x.dtype,
+            )
+            augmented = self._terms(apply(x, numbers))
+            total = total + config.augmented_weight * self._kkt(augmented)
+            metrics["augmented_stationarity"] = augmented.stationarity
+            metrics["augmented_primal"] = augmented.primal
+        for name, weight, prior in (
+            ("tv", config.tv_weight, image_variation),
+            ("norm", config.norm_weight, squared_norm),
+        ):
+            if weight:
+                value = prior(x).mean() / (x[0].numel() if name == "tv" else 1)
+                total = total + weight * value
+                metrics[name] = value
+        return total, {"total": total} | metrics
+
+    def _terms(self, x: Tensor) -> Terms:
+        weights = self.multipliers
+        if self.config.reduction == "mean":
+            weights = weights / len(weights)
+        if self.config.stationarity_weight:
+            return self.conditions.terms(x, self.labels, weights, self.config.distance)
+        # no parameter gradient is needed then, nor its derivative
+        losses, logits = self.conditions.losses(x, self.labels)
+        return Terms(losses.new_zeros(()), primal_loss(losses, logits, self.labels), logits)
+
+    def _kkt(self, terms: Terms) -> Tensor:
+        config = self.config
+        return config.stationarity_weight * terms.stationarity + config.primal_weight * terms.primal
+
+    def at_full_size(self, x: Tensor, *, detach: bool = True) -> Tensor:
+        """Return X at the size that the model reads."""
+        x = x.detach() if detach else x
+        if not self.is_image or x.shape[-2:] == self.shape[-2:]:
+            return x
+        return F.interpolate(x, size=self.shape[-2:], mode="bilinear")
+
+    def _clamped(self, x: Tensor) -> Tensor:
+        """Return a copy of `x` inside the limits."""
+        return x.detach().clone() if self.limits is None else x.detach().clamp(*self.limits)
+
+    def _remove_negative(self, optimizer: torch.optim.Adam) -> bool:
+        """Drop samples with λ < 0 and their part of Adam's state; return False if none is left."""
+        keep = self.multipliers.detach() >= 0
+        if bool(keep.all()):
+            return True
+        if not bool(keep.any()):
+            return False
+        kept = []
+        for group, value in zip(optimizer.param_groups, (self.x, self.multipliers), strict=True):
+            state = optimizer.state.pop(value)
+            new = value.detach()[keep].requires_grad_()
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name][keep]
+            optimizer.state[new] = state
+            group["params"] = [new]
+            kept.append(new)
+        self.x, self.multipliers = kept
+        self.labels = self.labels[keep]
+        return True
+
+    def _converged(self) -> Status | None:
+        if len(self.rows) < 2 or not self.config.tolerance:
+            return None
+        before, now = self.rows[-2]["total"], self.rows[-1]["total"]
+        change = abs(now - before) / max(abs(before), 1e-12)
+        return Status.CONVERGED if change < self.config.tolerance else None

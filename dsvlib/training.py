@@ -1,0 +1,214 @@
+"""Training of classifiers, from scratch to (nearly) stationary ones, and their accuracy.
+
+With cross-entropy and explicit L2 weight decay w, a stationary point of
+(1/n) Σ Lᵢ + (w/2)‖θ‖² satisfies θ = −(1/(w·n)) Σᵢ ∇Lᵢ: the DeepKKT stationarity condition holds
+exactly with all λᵢ = 1/(w·n). This is why decay is part of the gradient here and never decoupled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dsvlib.augmentation import AugmentationConfig, augment
+from dsvlib.conditions import cross_entropy, evaluation_mode, is_feasible, predict
+from dsvlib.models import device_of
+from dsvlib.progress import progress_bar
+from dsvlib.validation import as_labels, check_choice, check_inputs, check_number, check_same_length
+
+Schedule = Literal["constant", "cosine", "one-cycle", "halfway"]
+
+
+class Labelled(Protocol):
+    """Anything that can be trained on or tested on: a `Split` or a `SupportSet`."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """Normalised inputs [n, C, H, W]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels int64 [n] or float [n, K]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train a classifier.
+
+    epochs, batch_size
+        Passes over the data, and samples per step.
+    optimizer
+        ``"sgd"`` (with `momentum`) or ``"adam"``; `weight_decay` w enters the gradient as w·θ.
+    schedule
+        ``"constant"``, ``"cosine"`` to zero, ``"one-cycle"`` (linear up over the first fifth, then
+        linear to zero), or ``"halfway"`` (×0.1 once, at half of the steps: the field's protocol).
+    augmentation
+        Drawn anew for every sample of every batch; None for none.
+    polish_steps
+        Steps of full-batch L-BFGS on the regularised loss after the epochs, which bring a small
+        network close to a stationary point.
+    log_every
+        Epochs between rows of the history (the last epoch is always logged).
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "cosine"
+    augmentation: AugmentationConfig | None = None
+    polish_steps: int = 0
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer", self.optimizer, ("sgd", "adam"))
+        check_choice("schedule", self.schedule, ("constant", "cosine", "one-cycle", "halfway"))
+        check_number("learning_rate", self.learning_rate, above=0)
+        for name in ("epochs", "polish_steps", "momentum", "weight_decay"):
+            check_number(name, getattr(self, name), at_least=0)
+        for name in ("batch_size", "log_every"):
+            check_number(name, getattr(self, name), at_least=1)
+
+
+def learning_rate_factor(schedule: Schedule, fraction: float) -> float:
+    """Return the factor on the learning rate after `fraction` ∈ [0, 1] of the steps."""
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * fraction)) / 2
+    if schedule == "one-cycle":
+        return fraction / 0.2 if fraction < 0.2 else (1 - fraction) / 0.8
+    if schedule == "halfway":
+        return 1.0 if fraction < 0.5 else 0.1
+    return 1.0
+
+
+def train(
+    model: nn.Module,
+    split: Labelled,
+    *,
+    config: TrainConfig | None = None,
+    generator: torch.Generator | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place and return its history (epoch, loss, accuracy, learning_rate).
+
+    Parameters
+    ----------
+    split
+        A `Split` or a `SupportSet` (soft labels are allowed; multipliers are not read).
+    generator
+        A CPU generator for batches and augmentation; default: a fresh one with seed 0.
+    on_batch
+        Called after each batch with the sample indices and which of them were classified right.
+
+    Raises ValueError for wrong shapes or labels, FloatingPointError when training diverges. Where
+    the model cannot be trained for lack of gradients, ValueError.
+    """
+    config = config or TrainConfig()
+    generator = generator or torch.Generator().manual_seed(0)
+    inputs, labels = _check_split(split)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "model: expected parameters that require grad, got none; "
+            "call model.requires_grad_(True)"
+        )
+    device = device_of(model)
+    inputs, labels = inputs.to(device), labels.to(device)
+    optimizer: torch.optim.Optimizer
+    decay, rate = config.weight_decay, config.learning_rate
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(trained, rate, momentum=config.momentum, weight_decay=decay)
+    else:
+        optimizer = torch.optim.Adam(trained, rate, weight_decay=decay)
+    steps = config.epochs * math.ceil(len(inputs) / config.batch_size)
+    scheduler = LambdaLR(
+        optimizer, lambda step: learning_rate_factor(config.schedule, step / max(steps, 1))
+    )
+    rows = []
+    model.train()
+    for epoch in progress_bar(range(1, config.epochs + 1), "training"):
+        summed = torch.zeros(2, device=device)  # loss and hits, read once per epoch
+        used_rate = scheduler.get_last_lr()[0]
+        for batch in _batches(len(inputs), config.batch_size, generator):
+            x, y = inputs[batch], labels[batch]
+            if config.augmentation is not None:
+                x = augment(x, config.augmentation, generator=generator)
+            logits = model(x)
+            losses = cross_entropy(logits, y)
+            optimizer.zero_grad(set_to_none=True)
+            losses.mean().backward()
+            optimizer.step()
+            scheduler.step()
+            hits = is_feasible(logits.detach(), y)
+            summed += torch.stack([losses.detach().sum(), hits.sum()])
+            if on_batch is not None:
+                on_batch(batch, hits.cpu())
+        loss, accuracy = (summed / len(inputs)).tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"training: expected a finite loss, got {loss} in epoch {epoch}; lower the "
+                f"learning rate ({rate:g}) or check the inputs"
+            )
+        if epoch % config.log_every == 0 or epoch == config.epochs:
+            rows.append((epoch, loss, accuracy, used_rate))
+    if config.polish_steps:
+        _polish(model, trained, inputs, labels, config)
+    optimizer.zero_grad(set_to_none=True)
+    return pd.DataFrame(rows, columns=["epoch", "loss", "accuracy", "learning_rate"])
+
+
+def _polish(
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    inputs: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+) -> None:
+    """Take full-batch L-BFGS steps on (1/n) Σ Lᵢ + (w/2)‖θ‖² in evaluation mode."""
+    optimizer = torch.optim.LBFGS(
+        trained, max_iter=config.polish_steps, history_size=50, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        penalty = torch.stack([p.square().sum() for p in trained]).sum()
+        loss = cross_entropy(model(inputs), labels).mean() + config.weight_decay / 2 * penalty
+        loss.backward()
+        return loss
+
+    with evaluation_mode(model):
+        optimizer.step(objective)  # type: ignore[arg-type]
+
+
+def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    return iter(torch.randperm(count, generator=generator).split(size))
+
+
+def _check_split(split: Labelled) -> tuple[Tensor, Tensor]:
+    inputs, labels = check_inputs(split.inputs), as_labels(split.labels)
+    check_same_length(inputs=len(inputs), labels=len(labels))
+    return inputs, labels
+
+
+def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Tensor:
+    """Return the logits of all `inputs` [n, K], batch by batch, without a graph."""
+    device = device_of(model)
+    with evaluation_mode(model), torch.no_grad():
+        return torch.cat([model(batch.to(device)) for batch in inputs.split(batch_size)])
+
+
+def accuracy(model: nn.Module, split: Labelled) -> float:
+    """Return the fraction of `split` that the model classifies as labelled, from 0 to 1."""
+    inputs, labels = _check_split(split)
+    target = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    predicted = predict(logits_of(model, inputs)).cpu()
+    return float((predicted == target.cpu()).float().mean())
