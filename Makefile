@@ -9,7 +9,7 @@ BIN   := .venv/bin
 READY := .venv/.ready
 UV    := 0.13.9
 
-.PHONY: help install test test-slow lint figures notebooks bench lock clean
+.PHONY: help install test test-slow lint figures notebooks checkpoints bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show these targets
@@ -45,6 +45,9 @@ figures: $(READY) ## run all notebooks and make every figure (PRESET=smoke|quick
 
 notebooks: $(READY) ## put the outputs of the last quick run into the committed notebooks
 	$(BIN)/dsv notebooks refresh
+
+checkpoints: $(READY) ## train the shipped classifiers anew
+	$(BIN)/dsv train --all $(ARGS)
 
 bench: $(READY) ## time the inner loop and the solvers (ratios within one run)
 	$(BIN)/python -m pytest benchmarks --benchmark-only -s $(ARGS)

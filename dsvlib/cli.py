@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ data = typer.Typer(help="The data sets.", no_args_is_help=True)
 app.add_typer(notebooks, name="notebooks")
 app.add_typer(data, name="data")
 
+INTERRUPTED = "interrupted; figures published earlier are as they were"
 Only = Annotated[
     list[str] | None, typer.Option("--only", help="A notebook, by number or name; repeatable.")
 ]
@@ -48,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     earlier = signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = app([w for w in words if w != "--debug"], prog_name="dsv", standalone_mode=False)
-    except KeyboardInterrupt:
-        status = _complain("interrupted; figures published earlier are as they were", 130)
-    except (typer.TyperException, typer.Abort, DsvError, ValueError, TypeError, OSError,
+        if status == 130:  # what typer makes of KeyboardInterrupt
+            _complain(INTERRUPTED, 130)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _complain(INTERRUPTED, 130)
+    except (typer.TyperException, DsvError, ValueError, TypeError, OSError,
             RuntimeError, ImportError) as error:  # fmt: skip
         if debug:
             raise
@@ -98,7 +102,7 @@ def reproduce(
 @notebooks.command()
 def refresh(preset: Preset = "quick", only: Only = None) -> None:
     """Put the outputs of a run into the committed notebooks."""
-    from dsvlib.reproduce import refresh_notebooks
+    from dsvlib.notebook_files import refresh_notebooks
 
     for name in refresh_notebooks(preset, only or ()):
         print(f"{name} refreshed")
@@ -107,13 +111,40 @@ def refresh(preset: Preset = "quick", only: Only = None) -> None:
 @notebooks.command()
 def check() -> None:
     """Say what is wrong with the committed notebooks; nothing is changed."""
-    from dsvlib.reproduce import check_notebooks
+    from dsvlib.notebook_files import check_notebooks
 
     problems = check_notebooks()
     for problem in problems:
         print(problem)
     if problems:
         raise DsvError(f"{len(problems)} problems in the notebooks; they are listed above")
+
+
+@app.command()
+def train(
+    name: Annotated[str | None, typer.Argument(help="A shipped one: digits-convnet.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Train all shipped classifiers.")] = False,
+    root: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
+) -> None:
+    """Train a shipped classifier anew, into its file in data/checkpoints."""
+    if (name is None) != every:
+        raise RequestError("expected the NAME of a shipped classifier or --all, one of the two")
+    if root is not None and not root.is_dir():
+        raise RequestError(f"--root: expected a folder, got {str(root)!r}")
+    from dsvlib.files import checkpoints_folder, repository_root
+    from dsvlib.zoo import RECIPES, train_shipped
+
+    folder = os.path.relpath(checkpoints_folder(), repository_root())
+    if name is not None and name not in RECIPES:
+        raise RequestError.unknown("classifier", name, RECIPES)
+    for recipe in RECIPES if name is None else (name,):
+        started = time.perf_counter()
+        made = train_shipped(recipe, root=None if root is None else str(root))
+        print(
+            f"{recipe:24} train {made['train_accuracy']:.4f} · test {made['test_accuracy']:.4f} · "
+            f"stationarity {made['stationarity']:.3g} · cosine {made['cosine']:.4f} · "
+            f"{folder}/{recipe}.safetensors · {time.perf_counter() - started:.1f} s"
+        )
 
 
 @app.command()

@@ -8,7 +8,8 @@ Images are [n, C, H, W] in [0, 1], grey (C = 1) or RGB (C = 3).
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 
 from dsvlib.files import atomic_path
 
@@ -113,6 +115,7 @@ def write_figure(
 def _draw_badge(fig: Figure, badge: str) -> Any:
     """Draw the badge under everything else and return it, for removal."""
     fig.draw_without_rendering()  # lays the axes out, so that the extent below is the final one
+    fig.set_layout_engine("none")  # each further layout would drift by a fraction of a pixel
     box = fig.get_tightbbox()
     warning = "not a result" in badge
     return fig.text(
@@ -147,8 +150,9 @@ def image_grid(
 ) -> Figure:
     """Draw images [n, C, H, W] row by row, `columns` in a row (default: up to 10).
 
-    `captions` stand below the images; where `correct` is False, caption and frame turn red-orange
-    and the caption gets a cross. `tile` is the width of one image in inches.
+    `captions` stand below the images, broken into lines that stay within their own; where
+    `correct` is False, caption and frame turn red-orange and the caption gets a cross. `tile` is
+    the width of one image in inches.
     Raises ValueError for a wrong shape, pixels outside [0, 1] or labels of another number.
     """
     pixels = _check_images(images)
@@ -164,26 +168,56 @@ def image_grid(
         if given is not None and len(given) != wanted:
             raise ValueError(f"{name}: expected {wanted} for this grid, got {len(given)}")
     tall = height / width
-    across, down = 1.08, tall + (0.30 / tile * 0.8 if captions else 0.08)
+    good = [correct is None or bool(correct[i]) for i in range(n)]
+    texts = [text if ok else f"✗ {text}" for text, ok in zip(captions or (), good, strict=False)]
+    texts, text_size = _fit(texts, tile, 8)
+    heads, head_size = _fit(column_labels or (), tile, 10)
+    lines = 1 + max((text.count("\n") for text in texts), default=0)
+    across, down = 1.08, tall + (0.11 + 0.14 * lines / tile if texts else 0.08)
     fig = Figure(figsize=(tile * across * columns, tile * down * rows), dpi=DPI)
     axes = fig.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, across * columns), ylim=(down * rows, 0))
     axes.axis("off")
     for i, picture in enumerate(pixels):
         x, y = i % columns * across + 0.04, i // columns * down + 0.04
-        right = correct is None or bool(correct[i])
-        _draw_image(axes, picture, (x, x + 1, y + tall, y), right)
-        if captions:
-            text = captions[i] if right else f"✗ {captions[i]}"
-            _say(axes, x + 0.5, y + tall + 0.05, text, va="top", color=INK if right else WRONG)
+        _draw_image(axes, picture, (x, x + 1, y + tall, y), good[i])
+        if texts:
+            color = INK if good[i] else WRONG
+            _say(axes, x + 0.5, y + tall + 0.05, texts[i], va="top", size=text_size, color=color)
     for row, text in enumerate(row_labels or ()):
         _say(axes, -0.06, row * down + 0.04 + tall / 2, text, ha="right", size=10)
-    for column, text in enumerate(column_labels or ()):
-        _say(axes, column * across + 0.54, -0.05, text, va="bottom", size=10)
+    for column, text in enumerate(heads):
+        _say(axes, column * across + 0.54, -0.05, text, va="bottom", size=head_size)
     if title:
-        lift = 0.4 if column_labels else 0.1
-        _say(axes, 0.04, -lift * 0.8 / tile, title, ha="left", va="bottom", size=13, weight="bold")
+        lift = 0.1 + max((0.06 + 0.17 * (1 + text.count("\n")) for text in heads), default=0)
+        _say(axes, 0.04, -lift / tile, title, ha="left", va="bottom", size=13, weight="bold")
     return fig
+
+
+def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], float]:
+    """Return the texts broken at spaces to `width` inches, and a size at which all fit.
+
+    Only a single word that is too long makes all of them smaller, down to what can be read.
+    """
+
+    @cache
+    def inches(text: str) -> float:
+        return float(TextPath((0, 0), text, size=size).get_extents().width) / 72
+
+    def broken(line: str) -> Iterator[str]:
+        start = ""
+        for word in re.findall(r"(?:\$[^$]*\$|\S)+", line):  # a formula is one word
+            if start and inches(f"{start} {word}") > width:
+                yield start
+                start = word
+            else:
+                start = f"{start} {word}".strip()
+        yield start
+
+    fitted = [[part for line in text.split("\n") for part in broken(line)] for text in texts]
+    widest = max((inches(line) for lines in fitted for line in lines if line), default=width)
+    smaller = min(1.0, max(width / widest, 0.7))
+    return ["\n".join(lines) for lines in fitted], size * smaller
 
 
 def _draw_image(
@@ -401,3 +435,53 @@ def _finish(
         )
     if title:
         axes.set_title(title, loc="left", weight="bold", size=13, pad=8 + 20 * rows)
+
+
+def draw_regions(axes: Axes, scores: np.ndarray, box: float) -> None:
+    """Shade the square |x| ≤ `box` by the class with the largest score, boundaries as lines.
+
+    `scores` [side, side, K] holds the scores at the points of an even grid, first index x₁; with
+    K = 1 it is a binary score, positive for class 1.
+    """
+    values = np.asarray(scores, dtype=float)
+    if values.ndim != 3 or not values.size:
+        raise ValueError(f"scores: expected shape [side, side, K], got {list(values.shape)}")
+    if values.shape[2] == 1:
+        values = np.concatenate([-values, values], axis=2)
+    ticks = np.linspace(-box, box, len(values))
+    for k in range(values.shape[2]):
+        lead = values[:, :, k] - np.delete(values, k, axis=2).max(axis=2)
+        if lead.max() > 0:
+            axes.contourf(ticks, ticks, lead.T, levels=[0, lead.max() * 1.001],
+                          colors=[COLORS[k]], alpha=0.1)  # fmt: skip
+        if lead.min() < 0 < lead.max():
+            axes.contour(ticks, ticks, lead.T, levels=[0], colors=[INK], linewidths=1.4)
+    axes.set(xlim=(-box, box), ylim=(-box, box), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    axes.grid(visible=False)
+
+
+def draw_points(
+    axes: Axes,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    largest: float | None = None,
+    area: float = 420,
+) -> None:
+    """Draw points [n, 2] in their class's colour and marker, and discs of an area ∝ `weights` [n].
+
+    A weight of `largest` (default: the largest there is) has `area` points squared; one above zero
+    can always be seen.
+    """
+    inputs, labels = np.asarray(inputs), np.asarray(labels)
+    sizes = np.zeros(len(inputs))
+    if weights is not None:
+        weights = np.asarray(weights, dtype=float)
+        top = float(largest or weights.max() or 1)
+        sizes = np.where(weights > 1e-6 * top, np.maximum(area * weights / top, 4), 0)
+    for k in np.unique(labels):
+        style: dict[str, Any] = {"color": COLORS[k], "marker": MARKERS[k]}
+        axes.scatter(*inputs[labels == k].T, s=13, alpha=0.45, lw=0, **style)
+        at = (labels == k) & (sizes > 0)
+        axes.scatter(*inputs[at].T, s=sizes[at], alpha=0.65, ec=INK, lw=0.7, zorder=3, **style)

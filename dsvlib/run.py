@@ -8,6 +8,7 @@ that a run killed in between is never taken for a whole one (`read_record` check
 from __future__ import annotations
 
 import atexit
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -42,8 +43,9 @@ BADGES = {
     "cifar10": "CIFAR-10 · reduced",
     "paper": "paper scale",
 }
-# The command line only starts notebooks and reads what they leave: it cannot change a number.
-LAUNCHERS = {"cli.py", "reproduce.py"}
+# These choose and start notebooks or read what they leave; the parameters that they hand over are
+# in the request's digest. They cannot change a number, so that editing them leaves figures fresh.
+LAUNCHERS = {"cli.py", "notebook_files.py", "presets.py", "reproduce.py", "wall.py"}
 
 
 class DsvError(RuntimeError):
@@ -56,6 +58,14 @@ class RequestError(DsvError):
     """What was asked for does not exist or does not fit: nothing has been started."""
 
     exit_status = 2
+
+    @classmethod
+    def unknown(cls, what: str, name: str, options: Iterable[str]) -> Self:
+        """Return the error for a name that is none of `options`, with the nearest of them."""
+        known = sorted(options)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of: {', '.join(known)}"
+        return cls(f"unknown {what} {name!r}; {hint}")
 
 
 class RecordError(DsvError):
@@ -248,7 +258,7 @@ class Run:
         named arrays (NPZ). Returned as a cell's last value, the figure is shown.
         Raises ValueError without alt text or for an unusable name, DsvError on a full disk.
         """
-        from dsvlib.figures import write_figure
+        from dsvlib.figures import DPI, write_figure
 
         self._check_open(name)
         if len(alt.split()) < 3:
@@ -263,7 +273,9 @@ class Run:
             self._write_sidecar("figure", name, written, alt=alt, caption=caption)
         if "matplotlib.pyplot" in sys.modules:  # else an inline backend would draw it once more
             sys.modules["matplotlib.pyplot"].close(fig)
-        return SavedFigure(name, alt, written[0].read_bytes(), round(96 * fig.get_figwidth()))
+        png = written[0].read_bytes()
+        pixels = int.from_bytes(png[16:20])  # of the header: labels may have widened the figure
+        return SavedFigure(name, alt, png, round(pixels * 96 / DPI))
 
     def save_table(
         self, frame: pd.DataFrame, name: str, *, caption: str | None = None

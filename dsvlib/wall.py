@@ -1,0 +1,72 @@
+"""What recorded runs say, side by side: a summary for the terminal and a wall of figures.
+
+Both are made from the records and sidecars alone (`read_record` checks them); nothing runs here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dsvlib.files import atomic_path
+from dsvlib.run import RecordError, figures_root, read_record
+
+
+def _measured(value: Mapping[str, Any]) -> str:
+    spread = "" if value["std"] is None else f" ± {value['std']:.3g}"
+    return f"{value['value']:.4g}{spread}{value['unit'] and ' ' + value['unit']}"
+
+
+def summary(directories: Iterable[Path]) -> str:
+    """Return the values recorded by whole runs, one line each."""
+    rows = []
+    for directory in directories:
+        with suppress(RecordError):
+            for value in read_record(directory)["values"]:
+                paper = "" if value["paper"] is None else f"paper {value['paper']:.4g}"
+                rows.append((value["claim"], value["name"], _measured(value), paper))
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_wall(preset: str) -> Path:
+    """Write ``figures/<preset>/README.md``, a wall of its figures made from the sidecars alone."""
+    folder = figures_root() / preset
+    parts = [f"# Figures: {preset}", "", f"Made by `dsv reproduce --preset {preset}`.", ""]
+    for directory in sorted(p for p in folder.glob("*") if p.is_dir()):
+        parts += [f"## {directory.name}", ""]
+        try:
+            record = read_record(directory)
+        except RecordError as error:
+            parts += [f"*No complete run: {error}*", ""]
+            continue
+        sidecars = [name for name in sorted(record["files"]) if name.endswith(".json")]
+        for name in sidecars:
+            parts += _wall_entry(directory, json.loads((directory / name).read_text("utf-8")))
+        if record["values"]:
+            parts += ["| claim | quantity | value | n | paper |", "|---|---|---|---|---|"]
+            for v in record["values"]:
+                paper = "" if v["paper"] is None else f"{v['paper']:.4g}"
+                cells = (v["claim"], v["name"], _measured(v), str(v["n"]), paper)
+                parts.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+            parts.append("")
+    path = folder / "README.md"
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def _wall_entry(directory: Path, sidecar: Mapping[str, Any]) -> list[str]:
+    stem = f"{directory.name}/{sidecar['name']}"
+    links = [f"[{Path(n).suffix[1:]}]({directory.name}/{n})" for n in sidecar["files"]]
+    links = [link for link in links if not link.startswith("[png]")]
+    links.append(f"[how it was made]({stem}.json)")
+    alt = " ".join(sidecar["alt"].split()).replace("[", "(").replace("]", ")")
+    picture = [f"![{alt}]({stem}.png)", ""] if sidecar["kind"] == "figure" else []
+    title = sidecar["caption"] or sidecar["name"]
+    text = f"**{sidecar['scale']}** · {title} · {' · '.join(links)}"
+    return [*picture, text, "", f"`{sidecar['command']}`", ""]

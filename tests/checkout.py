@@ -1,0 +1,70 @@
+"""A small checkout for tests of what runs notebooks: one notebook, two presets, records."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+
+from dsvlib.presets import Job
+from dsvlib.run import Run, digest
+
+COMMON = 'preset: str = "quick"\nseed: int = 0\ndevice: str = "auto"\ndata_root: str = ""\n'
+PARAMETERS = COMMON + "steps: int = 5  # more is better\nrate: float = 0.1\nnames: list[str] = []"
+BODY = """
+import sys
+from matplotlib.figure import Figure
+from dsvlib.run import Run
+run = Run.start("01_line", preset=preset, seed=seed, parameters={"steps": steps, "rate": rate})
+print("steps", steps, file=sys.stdout)
+print("100%|####| 5/5 [00:01<00:00, 5.00it/s]", file=sys.stderr)
+fig = Figure(figsize=(3, 2))
+fig.add_subplot().plot([0, steps])
+run.record("K1", "steps", steps, paper=7)
+run.save_figure(fig, "line", alt="A straight line that rises")
+"""
+END = "run.complete()"
+
+
+def make_checkout(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make `root` the checkout that dsvlib works in for the rest of a test."""
+    for name in ("DSV_FIGURES", "DSV_RUN_ID", "DSV_RUN_CONTEXT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DSV_ROOT", str(root))
+    (root / "notebooks").mkdir()
+    write_notebook(root, "01_line", BODY, END)
+    write_presets(root, smoke={"notebooks": {"01_line": {"steps": 2}}})
+    return root
+
+
+def write_notebook(root: Path, name: str, *sources: str, parameters: str = PARAMETERS) -> Path:
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "x", "language": "python"}
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    notebook.cells = [nbformat.v4.new_markdown_cell(f"# {name}"), first, *cells]
+    path = root / "notebooks" / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def write_presets(root: Path, **presets: Any) -> None:
+    content = {"presets": {"quick": {"description": "all"}} | presets}
+    (root / "notebooks" / "presets.yml").write_text(yaml.safe_dump(content))
+
+
+def publish(job: Job, run_id: str = "") -> Path:
+    """Publish in this process what a kernel would have."""
+    context = {"request": digest(job.parameters), "command": "dsv", "started": time.time() - 70}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSV_RUN_CONTEXT", json.dumps(context))
+        patch.setenv("DSV_RUN_ID", run_id)
+        run = Run.start(job.notebook, preset=job.preset, seed=0)
+        run.record("K1", "steps", 5, std=0.5, unit="%", paper=7)
+        run.complete()
+    return run.directory

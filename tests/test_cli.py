@@ -1,0 +1,208 @@
+"""The command line: one line on stderr, an honest exit status, nothing half-written."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+import dsvlib
+from dsvlib import cli, notebook_files, reproduce, zoo
+from dsvlib.files import PACKAGE
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    return int(ended.value.code or 0)
+
+
+def stderr_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("dsv: ")
+    return lines[0]
+
+
+def test_help_names_every_command_without_heavy_imports() -> None:
+    code = (
+        "import sys; sys.modules['fcntl'] = None\n"  # as on Windows, where all but runs should work
+        "import dsvlib.cli, dsvlib.notebook_files\n"
+        "try: dsvlib.cli.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print({'torch', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "set()"
+    for command in ("reproduce", "notebooks", "train", "synthesize", "doctor", "data"):
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["reproduce", "--prest", "quick"], "--prest"),
+        (["reproduce", "--preset", "quik"], "did you mean 'quick'"),
+        (["reproduce", "--jobs", "two"], "--jobs"),
+        (["nonsense"], "nonsense"),
+        (["synthesize", "--out", "x"], "--classifier"),
+        (["train"], "NAME of a shipped classifier or --all"),
+        (["train", "digits-judge", "--all"], "one of the two"),
+        (["train", "digts-convnet"], "unknown classifier 'digts-convnet'; did you mean 'digits-"),
+        (["train", "--all", "--root", "no/such/folder"], "--root: expected a folder"),
+    ],
+)
+def test_wrong_request_is_status_two_and_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words) == 2
+    assert message in stderr_line(capsys)
+
+
+def test_failed_notebook_is_status_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {}
+
+    def failing(preset: str, **options: object) -> bool:
+        given.update(options, preset=preset)
+        return False
+
+    monkeypatch.setattr(reproduce, "reproduce", failing)
+    assert run("reproduce", "--only", "03", "--only", "05", "--jobs", "2", "--force") == 1
+    assert "failed" in stderr_line(capsys)
+    assert given["only"] == ["03", "05"]
+    assert (given["preset"], given["jobs"], given["force"]) == ("quick", 2, True)
+
+
+def test_interrupt_is_status_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "reproduce", interrupted)
+    assert run("reproduce") == 130
+    assert "interrupted" in stderr_line(capsys)
+
+
+def test_debug_gives_the_traceback_anywhere_in_the_line() -> None:
+    with pytest.raises(RuntimeError, match="unknown preset"):
+        cli.main(["reproduce", "--preset", "quik", "--debug"])
+
+
+def test_notebook_problems_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(notebook_files, "check_notebooks", lambda: ["01_x: a problem"])
+    assert run("notebooks", "check") == 1
+    assert capsys.readouterr().out == "01_x: a problem\n"
+    monkeypatch.setattr(notebook_files, "check_notebooks", list)
+    assert run("notebooks", "check") == 0
+
+
+def test_train_prints_one_line_per_classifier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def trained(name: str, *, root: str | None) -> dict[str, float]:
+        asked.append((name, root))
+        numbers = {"train_accuracy": 1.0, "test_accuracy": 0.98765}
+        return numbers | {"stationarity": 0.01234, "cosine": 0.99987}
+
+    monkeypatch.setattr(zoo, "train_shipped", trained)
+    assert run("train", "digits-judge", "--root", str(tmp_path)) == 0
+    line = capsys.readouterr().out
+    expected = r"train 1.0000 · test 0.9877 · stationarity 0.0123 · cosine 0.9999 · "
+    expected += r"data/checkpoints/digits-judge.safetensors · 0.0 s\n"
+    assert re.fullmatch(rf"digits-judge +{expected}", line)
+    assert run("train", "--all") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(zoo.RECIPES)
+    assert asked == [("digits-judge", str(tmp_path)), *((name, None) for name in zoo.RECIPES)]
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    model = dsvlib.build_model("convnet", num_classes=3, shape=(1, 8, 8), width=4, depth=1)
+    path = tmp_path / "small.safetensors"
+    dsvlib.save_classifier(path, model, classes=["a", "b", "c"], mean=[0.5], std=[0.25])
+    return path
+
+
+def test_synthesize_writes_a_whole_folder(classifier: Path, tmp_path: Path) -> None:
+    out = tmp_path / "made"
+    words = ["synthesize", "--classifier", str(classifier), "--out", str(out), "--steps", "3"]
+    assert run(*words, "--labels", "0,2,2") == 0
+    names = {path.name for path in out.iterdir()}
+    assert {"samples.safetensors", "samples.png", "history.csv", "residuals.csv"} <= names
+    samples = dsvlib.SupportSet.load(out / "samples.safetensors")
+    assert samples.labels.tolist() == [0, 2, 2]
+    assert samples.inputs.min() >= -2.0001
+    assert samples.inputs.max() <= 2.0001
+    table = pd.read_csv(out / "residuals.csv")
+    assert {"stationarity", "cosine", "primal", "dual", "active"} == set(table["quantity"])
+    assert {path.name for path in tmp_path.iterdir()} == {"small.safetensors", "made"}
+
+
+def test_synthesize_refuses_and_writes_nothing(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    base = ["synthesize", "--classifier", str(classifier)]
+    cases = [
+        ([*base, "--out", str(full)], 2, "new or empty"),
+        ([*base, "--out", str(tmp_path / "x"), "--labels", "0,9"], 2, "from 0 to 2"),
+        ([*base, "--out", str(tmp_path / "x"), "--labels", "a"], 2, "such as 0,1,2"),
+        ([*base, "--out", str(tmp_path / "x"), "--labels", "0", "--per-class", "1"], 2, "got both"),
+        ([*base, "--out", str(tmp_path / "x"), "--steps", "0"], 2, "--steps"),
+        (["synthesize", "--classifier", "no.safetensors", "--out", str(tmp_path / "x")], 1, "no.s"),
+    ]
+    for words, status, message in cases:
+        assert run(*words) == status, words
+        assert message in stderr_line(capsys)
+    assert not (tmp_path / "x").exists()
+    assert [path.name for path in full.iterdir()] == ["mine.txt"]
+
+
+def test_synthesis_that_fails_leaves_nothing(
+    classifier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from dsvlib import figures
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(figures, "write_figure", full)
+    out = tmp_path / "made"
+    words = ["synthesize", "--classifier", str(classifier), "--out", str(out), "--steps", "1"]
+    assert run(*words) == 1
+    assert "No space left" in stderr_line(capsys)
+    status = dsvlib.Status.NON_FINITE
+    monkeypatch.setattr(dsvlib, "synthesize", lambda *_, **__: SimpleNamespace(status=status))
+    assert run(*words) == 1
+    assert "Nothing was written" in stderr_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
+
+
+def test_doctor_and_data_list(capsys: pytest.CaptureFixture[str]) -> None:
+    run("doctor")
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "memory" in printed
+    assert run("data", "list") == 0
+    assert "digits" in capsys.readouterr().out
