@@ -11,19 +11,39 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "analysis": ("entropy", "margin"),
+    "analysis": ("entropy", "lambda_accuracy", "margin", "pearson"),
     "augmentation": ("DSA", "AugmentationConfig", "augment"),
     "checkpoints": ("load_classifier", "save_classifier"),
     "conditions": ("Residuals", "deepkkt_loss", "residuals", "weighted_gradient"),
     "datasets": ("Dataset", "Split", "load_dataset"),
+    "distillation": (
+        "DistributionMatchingConfig",
+        "GradientMatchingConfig",
+        "match_distributions",
+        "match_gradients",
+        "seen_images",
+    ),
     "evaluation": ("Evaluation", "EvaluationConfig", "evaluate"),
+    "judging": ("network_judge", "recognised", "svm_judge"),
     "models": ("build_model", "embed"),
+    "multipliers": ("GradientConfig", "NNLSConfig", "fit_multipliers"),
     "priors": ("total_variation",),
     "run": ("Run",),
     "samples": ("SupportSet",),
-    "solution": ("Solution", "Status"),
+    "selection": (
+        "HitRecorder",
+        "class_means",
+        "forgetting",
+        "forgetting_events",
+        "herding",
+        "k_center",
+        "random_subset",
+        "select",
+    ),
+    "solution": ("Certificate", "Solution", "Status"),
     "synthesis": ("SynthesisConfig", "synthesize"),
     "training": ("TrainConfig", "accuracy", "train"),
+    "zoo": ("RECIPES", "classifier", "premise"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -2,7 +2,7 @@
 
 Drawing the random numbers is kept apart from applying them, so that one draw can be shared by real
 and synthetic images (siamese augmentation) or repeated on another set. All geometry of a draw is
-one resampling of the image. Pixels that move in from outside are 0, the mean colour.
+one resampling of the image.
 
 Shapes: inputs [n, C, H, W] in normalised units; a draw holds one row per image, or a single row
 that all images share.
@@ -42,6 +42,9 @@ class AugmentationConfig:
         u + ½ about the image mean; u ~ U[0, 1]. The strength scales the deviation from x.
     noise
         Standard deviation of Gaussian noise.
+    fill
+        Value in normalised units of pixels that move in from outside. 0 is the mean colour, the
+        field's choice; images on a black background want their lowest value.
     one_of
         Draw one of the transformations per call instead of all (DSA's strategy).
     """
@@ -56,11 +59,14 @@ class AugmentationConfig:
     saturation: float = 0.0
     contrast: float = 0.0
     noise: float = 0.0
+    fill: float = 0.0
     one_of: bool = False
 
     def __post_init__(self) -> None:
         for name in self.strengths():
             check_number(name, getattr(self, name), at_least=0)
+        if not math.isfinite(self.fill):
+            raise ValueError(f"fill: expected a finite number, got {self.fill!r}; 0 is the mean")
         for name in ("translate", "crop", "flip", "cutout"):
             value = getattr(self, name)
             if value > 1 or (name == "crop" and value == 1):
@@ -70,7 +76,8 @@ class AugmentationConfig:
 
     def strengths(self) -> dict[str, float]:
         """Return the strength of each transformation by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "one_of"}
+        names = (f.name for f in fields(self) if f.name not in ("fill", "one_of"))
+        return {name: getattr(self, name) for name in names}
 
 
 # Zhao & Bilen 2021: one of colour, crop, cutout, flip, scale, rotate; no flip for digits
@@ -97,6 +104,7 @@ class Draw(NamedTuple):
     contrast: Tensor | None  # [m, 1, 1, 1], factor about the image mean
     keep: Tensor | None  # [m, 1, H, W], 0 inside the cut-out square
     noise: Tensor | None  # [m, C, H, W], added
+    fill: float = 0.0  # value of pixels from outside the image
 
 
 def draw(
@@ -145,7 +153,7 @@ def draw(
     if strength["noise"]:
         noise = torch.randn(count, channels, height, width, generator=generator)
         noise = put(strength["noise"] * noise)
-    return Draw(affine, brightness, saturation, contrast, keep, noise)
+    return Draw(affine, brightness, saturation, contrast, keep, noise, config.fill)
 
 
 def _affine(
@@ -182,11 +190,13 @@ def _cutout(
     fraction: float, count: int, size: tuple[int, int], generator: torch.Generator
 ) -> Tensor:
     """Return masks [count, 1, H, W] with a square of zeros whose centre lies anywhere."""
-    rows, columns = (
-        (torch.arange(side) - torch.randint(side, (count, 1), generator=generator)).abs()
-        < max(1, round(fraction * side)) / 2
-        for side in size
-    )
+
+    def inside_span(side: int) -> Tensor:
+        length = max(1, round(fraction * side))
+        from_centre = torch.arange(side) - torch.randint(side, (count, 1), generator=generator)
+        return (from_centre >= -(length // 2)) & (from_centre < length - length // 2)
+
+    rows, columns = (inside_span(side) for side in size)
     inside = rows[:, None, :, None] & columns[:, None, None, :]
     return (~inside).float()
 
@@ -204,7 +214,8 @@ def apply(inputs: Tensor, numbers: Draw) -> Tensor:
     if numbers.affine is not None:
         affine = numbers.affine.expand(len(inputs), 2, 3)
         grid = F.affine_grid(affine, list(inputs.shape), align_corners=False)
-        inputs = F.grid_sample(inputs, grid, padding_mode="zeros", align_corners=False)
+        # grid_sample moves in zeros, so the wanted value is made zero meanwhile
+        inputs = F.grid_sample(inputs - numbers.fill, grid, align_corners=False) + numbers.fill
     if numbers.keep is not None:
         inputs = inputs * numbers.keep
     if numbers.noise is not None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dsvlib.files import atomic_path, checkpoints_folder
@@ -56,12 +57,13 @@ def load_classifier(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, 
     tensors, header = read_safetensors(file, FORMAT, "save_classifier")
     try:
         spec = json.loads(header["spec"])
-        model = build_model(
-            spec["name"],
-            num_classes=spec["num_classes"],
-            shape=tuple(spec["shape"]),
-            **spec["options"],
-        )
+        with torch.random.fork_rng():  # initial weights are drawn only to be replaced
+            model = build_model(
+                spec["name"],
+                num_classes=spec["num_classes"],
+                shape=tuple(spec["shape"]),
+                **spec["options"],
+            )
         model.load_state_dict(tensors)
         metadata = dict(json.loads(header["metadata"]))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:

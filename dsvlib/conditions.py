@@ -139,6 +139,11 @@ class Conditions:
         self, losses: Tensor, multipliers: Tensor, *, differentiable: bool = True
     ) -> tuple[Tensor, ...]:
         """Return Σᵢ λᵢ ∇_θ Lᵢ, one tensor per parameter, from the losses of one forward pass."""
+        if multipliers.dtype != losses.dtype or multipliers.device != losses.device:
+            raise ValueError(
+                f"multipliers: expected {losses.dtype} on {losses.device} as the losses, got "
+                f"{multipliers.dtype} on {multipliers.device}; move one to the other with .to(…)"
+            )
         return torch.autograd.grad(
             torch.dot(multipliers, losses),
             list(self.theta.values()),
@@ -296,7 +301,7 @@ def residuals(
         stationarity=stationarity,
         cosine=cosine,
         primal=1 - feasible / len(samples),
-        dual=min(0.0, float(samples.multipliers.min())),
+        dual=min(0.0, float(samples.multipliers.detach().min())),
         active=float((samples.multipliers > 0).float().mean()),
         per_layer=pd.DataFrame(rows, columns=["parameter", "stationarity", "cosine"]),
     )

@@ -154,6 +154,11 @@ def load_dataset(
             f"name: expected one of {', '.join(options)}, got {name!r}{suggestion(name, options)}"
         )
     train, test = (_prepare(*part, image_size, limit) for part in (pixels.train, pixels.test))
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(
+            f"{name}: expected training and test images of one shape, got "
+            f"{list(train[0].shape[1:])} and {list(test[0].shape[1:])}; pass image_size="
+        )
     if name in STATISTICS:
         mean, std = STATISTICS[name]
     else:
@@ -248,8 +253,13 @@ def _read_folder(folder: Path) -> _Pixels:
         arrays, labels = [], []
         for label, class_name in enumerate(names):
             for file in sorted((folder / part / class_name).iterdir()):
-                with Image.open(file) as image:
-                    arrays.append(np.asarray(image.convert("RGB")))
+                try:
+                    with Image.open(file) as image:
+                        arrays.append(np.asarray(image.convert("RGB")))
+                except OSError as error:  # also a truncated image
+                    raise ValueError(
+                        f"{file}: expected an image, got: {error}; remove or repair that file"
+                    ) from error
                 labels.append(label)
         if len({a.shape for a in arrays}) != 1:
             raise ValueError(

@@ -115,14 +115,16 @@ def evaluate(
     config = config or EvaluationConfig()
     target = as_labels(test.labels)
     check_same_length(test_inputs=len(check_inputs(test.inputs)), test_labels=len(target))
+    target = target.argmax(dim=1) if target.is_floating_point() else target
     accuracies, rows = [], []
     for seed in seeds:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             network = build_model()
         outputs = logits_of(network, samples.inputs[:1]).shape[1]
-        for labels in (samples.labels, target):
+        for labels in (samples.labels, as_labels(test.labels)):
             check_label_range(labels, outputs)
+        logits_of(network, test.inputs[:1])  # a wrong shape is told before the training
         generator = torch.Generator().manual_seed(seed)
         train(network, samples, config=config.training, generator=generator)
         right = (predict(logits_of(network, test.inputs)).cpu() == target.cpu()).float()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsvlib.validation import check_choice
+from dsvlib.validation import check_choice, check_count
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class ConvNet(nn.Module):
         super().__init__()
         check_choice("norm", norm, ("instance", "batch", "none"))
         check_choice("pooling", pooling, ("avg", "max"))
+        check_count("width", width)
+        check_count("depth", depth)
         channels, height, image_width = shape
         scale = 2**depth
         if height < scale or image_width < scale:

@@ -32,6 +32,6 @@ def image_variation(inputs: Tensor) -> Tensor:
     return rows + columns
 
 
-def squared_norm(inputs: Tensor) -> Tensor:
-    """Return the mean squared pixel of each image, ‖x‖² / (C·H·W), [n]."""
-    return inputs.flatten(1).square().mean(dim=1)
+def squared_norm(inputs: Tensor, target: float = 0.0) -> Tensor:
+    """Return the mean squared distance of the pixels from `target`, ‖x − t‖² / (C·H·W), [n]."""
+    return (inputs - target).flatten(1).square().mean(dim=1)

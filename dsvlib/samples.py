@@ -160,7 +160,13 @@ class SupportSet:
                 f"{path}: expected inputs, labels and multipliers, got no "
                 f"{', '.join(sorted(missing))}; write it again with SupportSet.save"
             )
-        described = {k: tuple(json.loads(metadata[k])) for k in ("classes", "mean", "std")}
+        try:
+            described = {k: tuple(json.loads(metadata[k])) for k in ("classes", "mean", "std")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: expected metadata with classes, mean and std, got: {error!r}; "
+                f"write it again with SupportSet.save"
+            ) from error
         return cls(tensors["inputs"], tensors["labels"], tensors["multipliers"], **described)
 
 

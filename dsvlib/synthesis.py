@@ -37,7 +37,17 @@ from dsvlib.progress import progress_bar
 from dsvlib.samples import SupportSet
 from dsvlib.solution import Solution, Status
 from dsvlib.training import learning_rate_factor
-from dsvlib.validation import as_labels, check_choice, check_finite, check_inputs, check_number
+from dsvlib.validation import (
+    as_labels,
+    check_choice,
+    check_count,
+    check_finite,
+    check_inputs,
+    check_number,
+)
+
+
+BLACK = -0.957  # of the bundled digits, (0 − mean) / std; the mean colour, 0, suits photographs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +67,25 @@ class SynthesisConfig:
     stationarity_weight, primal_weight, augmented_weight, tv_weight, norm_weight
         α, β1, η, β2, β3. Total variation and squared norm are taken per pixel, averaged over
         samples, so that a weight means the same at every size. α = 0 leaves out stationarity.
+    norm_target
+        Value in normalised units that the norm prior pulls to: 0 is the mean colour.
     augmentation
         A, drawn afresh at every step for every sample.
     resolutions
-        Image sides to optimise at, one after the other, e.g. ``(16, 32)``; the steps are shared
-        equally. X is up-sampled to the model's size before it is read. Empty: full size only.
+        Resolutions to optimise at, one after the other, as fractions of the full image side, e.g.
+        ``(0.25, 0.5, 1.0)``; the steps are shared equally. X is up-sampled to the model's size
+        before it is read. Empty: full size only.
     tolerance
         Stop when the loss changed by less than this fraction between two logged steps; 0 never.
     log_every
         Steps between rows of the history.
     """
 
-    steps: int = 600
+    steps: int = 400
     learning_rate: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.99)
     schedule: Literal["cosine", "constant"] = "cosine"
-    multiplier_learning_rate: float = 0.01
+    multiplier_learning_rate: float = 0.02
     initial_multiplier: float = 1.0
     negative_multiplier: Literal["clamp", "remove"] = "clamp"
     distance: Distance = "cosine"
@@ -82,10 +95,13 @@ class SynthesisConfig:
     augmented_weight: float = 1.0
     tv_weight: float = 0.1
     norm_weight: float = 0.0
+    norm_target: float = 0.0
     augmentation: AugmentationConfig = field(
-        default_factory=lambda: AugmentationConfig(translate=0.125, noise=0.1)
+        default_factory=lambda: AugmentationConfig(
+            translate=0.125, rotate=10, scale=0.1, noise=0.1, fill=BLACK
+        )
     )
-    resolutions: tuple[int, ...] = ()
+    resolutions: tuple[float, ...] = (0.5,)
     tolerance: float = 0.0
     log_every: int = 20
 
@@ -97,14 +113,15 @@ class SynthesisConfig:
         for name in ("learning_rate", "initial_multiplier"):
             check_number(name, getattr(self, name), above=0)
         for name in ("steps", "log_every"):
-            check_number(name, getattr(self, name), at_least=1)
+            check_count(name, getattr(self, name))
         for name in ("multiplier_learning_rate", "tolerance"):
             check_number(name, getattr(self, name), at_least=0)
         for part in ("stationarity", "primal", "augmented", "tv", "norm"):
             check_number(f"{part}_weight", getattr(self, f"{part}_weight"), at_least=0)
-        if any(side < 1 for side in self.resolutions):
+        if not all(0 < fraction <= 1 for fraction in self.resolutions):
             raise ValueError(
-                f"resolutions: expected image sides ≥ 1, got {self.resolutions}; e.g. (16, 32)"
+                f"resolutions: expected fractions of the image side above 0 and up to 1, got "
+                f"{self.resolutions}; e.g. (0.5, 1.0)"
             )
         if len(self.resolutions) > self.steps:
             raise ValueError(
@@ -248,9 +265,9 @@ class _Run:
         self.x, self.multipliers = self._clamped(x), multipliers
         optimizer = self._optimizer()
         plan = list(self._plan())
-        for number, (side, factor) in enumerate(progress_bar(plan, "synthesis"), start=1):
-            if side is not None:
-                x = F.interpolate(self.x.detach(), (side, side), mode="bilinear", antialias=True)
+        for number, (size, factor) in enumerate(progress_bar(plan, "synthesis"), start=1):
+            if size is not None:
+                x = F.interpolate(self.x.detach(), size, mode="bilinear", antialias=True)
                 self.x, self.multipliers = self._clamped(x), self.multipliers.detach()
                 optimizer = self._optimizer()
             status = self._step(optimizer, number, factor)
@@ -258,14 +275,18 @@ class _Run:
                 return status
         return Status.ALL_STEPS
 
-    def _plan(self) -> Iterator[tuple[int | None, float]]:
-        """Yield for each step the image side to change to, if any, and the learning-rate factor."""
-        stages: Sequence[int | None] = self.config.resolutions or (None,)
-        for stage, side in enumerate(stages):
+    def _plan(self) -> Iterator[tuple[list[int] | None, float]]:
+        """Yield for each step the size (H, W) to change to, if any, and the learning-rate factor."""
+        sizes: list[list[int] | None] = [
+            [max(1, round(fraction * side)) for side in self.shape[-2:]]
+            for fraction in self.config.resolutions
+        ]
+        stages = sizes or [None]
+        for stage, size in enumerate(stages):
             steps = self.config.steps // len(stages) + (stage < self.config.steps % len(stages))
             for local in range(steps):
                 factor = learning_rate_factor(self.config.schedule, local / steps)
-                yield (side if local == 0 else None), factor
+                yield size if local == 0 else None, factor
 
     def _optimizer(self) -> torch.optim.Adam:
         """Return Adam on X and Λ, fresh for each resolution; group 0 is X, group 1 is Λ."""
@@ -340,14 +361,12 @@ class _Run:
             total = total + config.augmented_weight * self._kkt(augmented)
             metrics["augmented_stationarity"] = augmented.stationarity
             metrics["augmented_primal"] = augmented.primal
-        for name, weight, prior in (
-            ("tv", config.tv_weight, image_variation),
-            ("norm", config.norm_weight, squared_norm),
-        ):
-            if weight:
-                value = prior(x).mean() / (x[0].numel() if name == "tv" else 1)
-                total = total + weight * value
-                metrics[name] = value
+        if config.tv_weight:
+            metrics["tv"] = image_variation(x).mean() / x[0].numel()
+            total = total + config.tv_weight * metrics["tv"]
+        if config.norm_weight:
+            metrics["norm"] = squared_norm(x, config.norm_target).mean()
+            total = total + config.norm_weight * metrics["norm"]
         return total, {"total": total} | metrics
 
     def _terms(self, x: Tensor) -> Terms:

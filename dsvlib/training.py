@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,7 +22,15 @@ from dsvlib.augmentation import AugmentationConfig, augment
 from dsvlib.conditions import cross_entropy, evaluation_mode, is_feasible, predict
 from dsvlib.models import device_of
 from dsvlib.progress import progress_bar
-from dsvlib.validation import as_labels, check_choice, check_inputs, check_number, check_same_length
+from dsvlib.validation import (
+    as_labels,
+    check_choice,
+    check_count,
+    check_inputs,
+    check_label_range,
+    check_number,
+    check_same_length,
+)
 
 Schedule = Literal["constant", "cosine", "one-cycle", "halfway"]
 
@@ -52,8 +61,8 @@ class TrainConfig:
     augmentation
         Drawn anew for every sample of every batch; None for none.
     polish_steps
-        Steps of full-batch L-BFGS on the regularised loss after the epochs, which bring a small
-        network close to a stationary point.
+        Full-batch gradient steps after the epochs, which bring a small network close to a
+        stationary point of the regularised loss.
     log_every
         Epochs between rows of the history (the last epoch is always logged).
     """
@@ -73,10 +82,12 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, ("sgd", "adam"))
         check_choice("schedule", self.schedule, ("constant", "cosine", "one-cycle", "halfway"))
         check_number("learning_rate", self.learning_rate, above=0)
-        for name in ("epochs", "polish_steps", "momentum", "weight_decay"):
+        for name in ("momentum", "weight_decay"):
             check_number(name, getattr(self, name), at_least=0)
+        for name in ("epochs", "polish_steps"):
+            check_count(name, getattr(self, name), at_least=0)
         for name in ("batch_size", "log_every"):
-            check_number(name, getattr(self, name), at_least=1)
+            check_count(name, getattr(self, name))
 
 
 def learning_rate_factor(schedule: Schedule, fraction: float) -> float:
@@ -122,7 +133,8 @@ def train(
             "call model.requires_grad_(True)"
         )
     device = device_of(model)
-    inputs, labels = inputs.to(device), labels.to(device)
+    inputs, labels = inputs.detach().to(device), labels.detach().to(device)
+    check_label_range(labels, logits_of(model, inputs[:1]).shape[1])
     optimizer: torch.optim.Optimizer
     decay, rate = config.weight_decay, config.learning_rate
     if config.optimizer == "sgd":
@@ -134,36 +146,67 @@ def train(
         optimizer, lambda step: learning_rate_factor(config.schedule, step / max(steps, 1))
     )
     rows = []
-    model.train()
-    for epoch in progress_bar(range(1, config.epochs + 1), "training"):
-        summed = torch.zeros(2, device=device)  # loss and hits, read once per epoch
-        used_rate = scheduler.get_last_lr()[0]
-        for batch in _batches(len(inputs), config.batch_size, generator):
-            x, y = inputs[batch], labels[batch]
-            if config.augmentation is not None:
-                x = augment(x, config.augmentation, generator=generator)
-            logits = model(x)
-            losses = cross_entropy(logits, y)
-            optimizer.zero_grad(set_to_none=True)
-            losses.mean().backward()
-            optimizer.step()
-            scheduler.step()
-            hits = is_feasible(logits.detach(), y)
-            summed += torch.stack([losses.detach().sum(), hits.sum()])
-            if on_batch is not None:
-                on_batch(batch, hits.cpu())
-        loss, accuracy = (summed / len(inputs)).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"training: expected a finite loss, got {loss} in epoch {epoch}; lower the "
-                f"learning rate ({rate:g}) or check the inputs"
-            )
-        if epoch % config.log_every == 0 or epoch == config.epochs:
-            rows.append((epoch, loss, accuracy, used_rate))
+    with _fast_layout(model), _training_mode(model, generator.initial_seed()):
+        for epoch in progress_bar(range(1, config.epochs + 1), "training"):
+            summed = torch.zeros(2, device=device)  # loss and hits, read once per epoch
+            used_rate = scheduler.get_last_lr()[0]
+            for batch in _batches(len(inputs), config.batch_size, generator):
+                x, y = inputs[batch], labels[batch]
+                if config.augmentation is not None:
+                    x = augment(x, config.augmentation, generator=generator)
+                logits = model(x)
+                losses = cross_entropy(logits, y)
+                optimizer.zero_grad(set_to_none=True)
+                losses.mean().backward()
+                optimizer.step()
+                scheduler.step()
+                hits = is_feasible(logits.detach(), y)
+                summed += torch.stack([losses.detach().sum(), hits.sum()])
+                if on_batch is not None:
+                    on_batch(batch, hits.cpu())
+            loss, accuracy = (summed / len(inputs)).tolist()
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"training: expected a finite loss, got {loss} in epoch {epoch}; lower the "
+                    f"learning rate ({rate:g}) or check the inputs"
+                )
+            if epoch % config.log_every == 0 or epoch == config.epochs:
+                rows.append((epoch, loss, accuracy, used_rate))
     if config.polish_steps:
         _polish(model, trained, inputs, labels, config)
     optimizer.zero_grad(set_to_none=True)
     return pd.DataFrame(rows, columns=["epoch", "loss", "accuracy", "learning_rate"])
+
+
+@contextmanager
+def _fast_layout(model: nn.Module) -> Iterator[None]:
+    """Hold the weights channels-last while training, where that is the faster layout.
+
+    Convolutions are up to twice as fast in it on a CPU; group and instance norms are slower and
+    lose what the convolutions gain.
+    """
+    if any(isinstance(module, nn.GroupNorm | nn.InstanceNorm2d) for module in model.modules()):
+        yield
+        return
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+@contextmanager
+def _training_mode(model: nn.Module, seed: int) -> Iterator[None]:
+    """Turn dropout on, drawn from `seed`; flags and torch's global generator are put back."""
+    before = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model.train()
+            yield
+        finally:
+            for module, training in before:
+                module.training = training
 
 
 def _polish(
@@ -173,20 +216,31 @@ def _polish(
     labels: Tensor,
     config: TrainConfig,
 ) -> None:
-    """Take full-batch L-BFGS steps on (1/n) Σ Lᵢ + (w/2)‖θ‖² in evaluation mode."""
-    optimizer = torch.optim.LBFGS(
-        trained, max_iter=config.polish_steps, history_size=50, line_search_fn="strong_wolfe"
+    """Take full-batch gradient steps in evaluation mode; the gradient is summed over batches.
+
+    Heavy momentum, since no noise has to be averaged out any more. (L-BFGS with a line search
+    moved away from stationarity on ReLU networks: their gradient jumps.)
+    """
+    optimizer = torch.optim.SGD(
+        trained, config.learning_rate, momentum=0.98, weight_decay=config.weight_decay
     )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        penalty = torch.stack([p.square().sum() for p in trained]).sum()
-        loss = cross_entropy(model(inputs), labels).mean() + config.weight_decay / 2 * penalty
-        loss.backward()
-        return loss
-
-    with evaluation_mode(model):
-        optimizer.step(objective)  # type: ignore[arg-type]
+    scheduler = LambdaLR(
+        optimizer, lambda step: learning_rate_factor("cosine", step / config.polish_steps)
+    )
+    with _fast_layout(model), evaluation_mode(model):
+        for _ in progress_bar(range(config.polish_steps), "polishing"):
+            optimizer.zero_grad(set_to_none=True)
+            for x, y in zip(
+                inputs.split(config.batch_size), labels.split(config.batch_size), strict=True
+            ):
+                (cross_entropy(model(x), y).sum() / len(inputs)).backward()
+            optimizer.step()
+            scheduler.step()
+    if not all(bool(torch.isfinite(p).all()) for p in trained):
+        raise FloatingPointError(
+            f"polishing: expected finite weights, got NaN or infinite ones; lower the learning "
+            f"rate ({config.learning_rate:g})"
+        )
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -203,12 +257,22 @@ def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Te
     """Return the logits of all `inputs` [n, K], batch by batch, without a graph."""
     device = device_of(model)
     with evaluation_mode(model), torch.no_grad():
-        return torch.cat([model(batch.to(device)) for batch in inputs.split(batch_size)])
+        try:
+            return torch.cat([model(batch.to(device)) for batch in inputs.split(batch_size)])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"inputs: expected a shape and dtype that the model can read, got "
+                f"{list(inputs.shape)} {inputs.dtype} (PyTorch says: {error})"
+            ) from error
 
 
 def accuracy(model: nn.Module, split: Labelled) -> float:
     """Return the fraction of `split` that the model classifies as labelled, from 0 to 1."""
     inputs, labels = _check_split(split)
     target = labels.argmax(dim=1) if labels.is_floating_point() else labels
-    predicted = predict(logits_of(model, inputs)).cpu()
+    logits = logits_of(model, inputs)
+    check_label_range(labels, max(logits.shape[1], 2))  # one logit separates two classes
+    predicted = predict(logits).cpu()
     return float((predicted == target.cpu()).float().mean())

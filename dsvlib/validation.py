@@ -132,6 +132,15 @@ def check_number(
         )
 
 
+def check_count(name: str, value: int, *, at_least: int = 1) -> None:
+    """Raise if `value` is no whole number, or lies below `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name}: expected a whole number, got {type(value).__name__} {value!r}; pass an int"
+        )
+    check_number(name, value, at_least=at_least)
+
+
 def select_params(model: nn.Module, params: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return the parameters θ that conditions are taken over, checked against the model.
 

@@ -1,0 +1,230 @@
+"""Data sets: the bundled digits, folders of images, settings and failures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from dsvlib import load_dataset
+from dsvlib.datasets import Split
+
+
+def test_digits_have_their_documented_sizes(digits):
+    assert digits.name == "digits"
+    assert (len(digits.train), len(digits.test)) == (1347, 450)
+    assert digits.shape == (1, 16, 16)
+    assert digits.classes == tuple("0123456789")
+    for split in (digits.train, digits.test):
+        assert split.inputs.dtype == torch.float32
+        assert split.labels.dtype == torch.int64
+        assert tuple(split.inputs.shape) == (len(split), 1, 16, 16)
+        assert set(split.labels.tolist()) == set(range(10))
+
+
+def test_digits_split_is_stratified(digits):
+    train, test = (split.labels.bincount(minlength=10) for split in (digits.train, digits.test))
+    share = test / (train + test)
+    assert_close(share, torch.full((10,), 450 / 1797), rtol=0, atol=0.004)
+
+
+def test_digits_parts_do_not_overlap(digits):
+    train = {image.numpy().tobytes() for image in digits.train.inputs}
+    assert not any(image.numpy().tobytes() in train for image in digits.test.inputs)
+
+
+def test_digits_are_the_same_every_time(digits):
+    assert load_dataset("digits").digest == digits.digest
+
+
+def test_digits_are_normalised_by_the_training_images(digits):
+    inputs = digits.train.inputs
+    assert_close(inputs.mean(), torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert_close(inputs.std(), torch.tensor(1.0), rtol=0, atol=1e-4)
+    pixels = digits.denormalize(inputs)
+    assert_close(pixels.mean(), torch.tensor(digits.mean[0]))
+
+
+def test_digits_are_scikit_learns_images_up_sampled(digits):
+    from sklearn.datasets import load_digits
+
+    raw = torch.tensor(load_digits().images, dtype=torch.float32) / 16
+    halved = torch.nn.functional.avg_pool2d(digits.denormalize(digits.test.inputs[:20]), 2)
+    # averaging 2×2 of a bilinear up-sampling blurs little: the nearest raw image is its origin
+    distances = torch.cdist(halved.flatten(1), raw.flatten(1))
+    assert float(distances.min(dim=1).values.max()) < 1.5
+    target = torch.tensor(load_digits().target)
+    assert torch.equal(target[distances.argmin(dim=1)], digits.test.labels[:20])
+
+
+def test_bounds_and_denormalize_are_inverse(digits):
+    low, high = digits.bounds
+    assert low.shape == high.shape == (1,)
+    assert_close(
+        digits.denormalize(low.view(1, 1, 1, 1)), torch.zeros(1, 1, 1, 1), atol=1e-6, rtol=0
+    )
+    assert_close(digits.denormalize(high.view(1, 1, 1, 1)), torch.ones(1, 1, 1, 1))
+    for split in (digits.train, digits.test):
+        assert float(split.inputs.min()) >= float(low) - 1e-5
+        assert float(split.inputs.max()) <= float(high) + 1e-5
+    again = (digits.denormalize(digits.test.inputs) - digits.mean[0]) / digits.std[0]
+    assert_close(again, digits.test.inputs, rtol=1e-4, atol=1e-5)
+
+
+def test_image_size_resizes_both_parts():
+    data = load_dataset("digits", image_size=32, limit=30)
+    assert data.shape == (1, 32, 32)
+    assert tuple(data.test.inputs.shape) == (30, 1, 32, 32)
+
+
+def test_limit_is_balanced_and_keeps_the_first_of_each_class(digits):
+    data = load_dataset("digits", limit=25)
+    assert (len(data.train), len(data.test)) == (25, 25)
+    counts = data.train.labels.bincount(minlength=10)
+    assert set(counts.tolist()) == {2, 3}
+    for label in range(10):
+        chosen = data.denormalize(data.train.inputs[data.train.labels == label])
+        first = digits.train.inputs[digits.train.labels == label][: len(chosen)]
+        assert_close(chosen, digits.denormalize(first))
+
+
+def test_a_large_limit_changes_nothing(digits):
+    assert load_dataset("digits", limit=10_000).digest == digits.digest
+
+
+def test_split_indexing(digits):
+    part = digits.test[:7]
+    assert isinstance(part, Split)
+    assert len(part) == 7
+    chosen = digits.test[torch.tensor([3, 1])]
+    assert torch.equal(chosen.labels, digits.test.labels[[3, 1]])
+    assert part.to("meta").inputs.device.type == "meta"
+    with pytest.raises(ValueError, match="inputs 2, labels 3"):
+        Split(torch.zeros(2, 1), torch.zeros(3))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"expected one of digits.*got 'cifar-10'.*'cifar10'"):
+        load_dataset("cifar-10")
+
+
+@pytest.mark.parametrize("setting", ["image_size", "limit"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "16"])
+def test_bad_settings_are_refused(setting, value):
+    with pytest.raises(ValueError, match=f"{setting}: expected a whole number ≥ 1.*got {value!r}"):
+        load_dataset("digits", **{setting: value})
+
+
+def test_failed_download_says_what_to_do(monkeypatch, tmp_path):
+    import torchvision.datasets
+
+    class Offline:
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Offline)
+    with pytest.raises(RuntimeError, match="no route to host") as caught:
+        load_dataset("cifar10", root=tmp_path)
+    assert "expected" in str(caught.value)
+    assert "root=" in str(caught.value)
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def write_image(path: Path, colour: tuple[int, int, int], side: int = 4) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), colour).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pets"
+    for part, count in (("train", 3), ("test", 2)):
+        for number in range(count):
+            write_image(root / part / "cat" / f"{number}.png", (255, 50 * number, 0))
+            write_image(root / part / "dog" / f"{number}.png", (0, 0, 100))
+    return root
+
+
+def test_folder_of_images(folder):
+    data = load_dataset(f"folder:{folder}")
+    assert data.name == "pets"
+    assert data.classes == ("cat", "dog")
+    assert data.shape == (3, 4, 4)
+    assert (len(data.train), len(data.test)) == (6, 4)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    images = data.denormalize(data.train.inputs)
+    assert_close(images[1, :, 0, 0], torch.tensor([255, 50, 0]) / 255, rtol=0, atol=1e-5)
+    assert_close(images[3, :, 2, 1], torch.tensor([0, 0, 100]) / 255, rtol=0, atol=1e-5)
+
+
+def test_folder_reads_jpeg_and_grey_images(folder):
+    Image.new("RGB", (4, 4), (200, 200, 200)).save(folder / "train" / "cat" / "z.jpg")
+    grey = Image.fromarray(np.full((4, 4), 77, dtype=np.uint8))
+    grey.save(folder / "train" / "dog" / "z.png")
+    data = load_dataset(f"folder:{folder}")
+    images = data.denormalize(data.train.inputs)
+    assert_close(images[3], torch.full((3, 4, 4), 200 / 255), rtol=0, atol=0.02)
+    assert_close(images[7], torch.full((3, 4, 4), 77 / 255), rtol=0, atol=1e-5)
+
+
+def test_folder_is_resized_and_limited(folder):
+    data = load_dataset(f"folder:{folder}", image_size=8, limit=4)
+    assert tuple(data.train.inputs.shape) == (4, 3, 8, 8)
+    assert data.train.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a folder of classes, found none"):
+        load_dataset(f"folder:{tmp_path / 'nowhere'}")
+
+
+def test_folder_with_other_classes_in_its_test_part(folder):
+    write_image(folder / "test" / "bird" / "0.png", (1, 2, 3))
+    with pytest.raises(ValueError, match=r"expected the classes \['cat', 'dog'\].*'bird'"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_folder_without_classes(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match=r"expected .* got \[\]"):
+        load_dataset(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_folder_with_unequal_sizes(folder, part):
+    write_image(folder / part / "dog" / "big.png", (0, 0, 0), side=5)
+    with pytest.raises(ValueError, match="expected images of one size"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_folder_whose_parts_differ_in_size(folder):
+    for file in (folder / "test").rglob("*.png"):
+        write_image(file, (9, 9, 9), side=5)
+    with pytest.raises(ValueError, match=r"expected .*got"):
+        load_dataset(f"folder:{folder}")
+    assert load_dataset(f"folder:{folder}", image_size=4).shape == (3, 4, 4)
+
+
+def test_folder_with_a_file_that_is_no_image(folder):
+    (folder / "train" / "cat" / "notes.txt").write_text("not an image")
+    with pytest.raises(ValueError, match=r"notes\.txt: expected an image"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_jpeg_folders_take_cifar10s_statistics(folder):
+    target = folder.parent / "downloads" / "cifar10-jpeg"
+    target.parent.mkdir()
+    folder.rename(target)
+    data = load_dataset("cifar10-jpeg", root=target.parent)
+    assert data.mean == (0.4914, 0.4822, 0.4465)
+    assert (data.name, data.classes) == ("cifar10-jpeg", ("cat", "dog"))

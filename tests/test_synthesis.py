@@ -1,0 +1,484 @@
+"""Algorithm 1 on small smooth networks: every option, every ending, every refusal."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import CLASSES, SHAPE, build, delicate
+from torch import Tensor, nn
+
+from dsvlib import (
+    AugmentationConfig,
+    Solution,
+    Status,
+    SupportSet,
+    SynthesisConfig,
+    deepkkt_loss,
+    residuals,
+    synthesize,
+    total_variation,
+)
+from dsvlib.synthesis import Step
+
+LABELS = [0, 1, 2, 0]
+SHORT = SynthesisConfig(steps=12, log_every=5)
+# stationarity and the primal term only, so that values can be compared with deepkkt_loss
+BARE = replace(SHORT, augmented_weight=0.0, tv_weight=0.0)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(model: nn.Module | None = None, labels=LABELS, shape=SHAPE, **options) -> Solution:
+    return synthesize(model or build("conv"), labels, shape, **({"config": SHORT} | options))
+
+
+def same(first: SupportSet, second: SupportSet) -> bool:
+    return all(
+        torch.equal(getattr(first, name), getattr(second, name))
+        for name in ("inputs", "labels", "multipliers")
+    )
+
+
+# --- what comes back -----------------------------------------------------------------------------
+
+
+def test_solution_is_complete():
+    model, steps = build("conv"), []
+    solution = run(model, on_step=steps.append)
+    samples = solution.samples
+    assert samples.inputs.shape == (4, *SHAPE)
+    assert samples.inputs.dtype == torch.float64
+    assert samples.labels.tolist() == LABELS
+    assert float(samples.multipliers.min()) >= 0
+    assert not samples.inputs.requires_grad
+    assert not samples.multipliers.requires_grad
+    assert solution.status is Status.ALL_STEPS
+    assert solution.status.successful
+    assert str(solution.status) == "All steps were run."
+    assert "4 samples, ALL_STEPS" in repr(solution)
+    assert solution.config == SHORT
+    found = residuals(model, samples)
+    assert solution.residuals.stationarity == found.stationarity
+    assert solution.residuals.per_layer.equals(found.per_layer)
+    assert [step.number for step in steps] == list(range(1, 13))
+    assert torch.equal(steps[-1].inputs, samples.inputs)
+    assert torch.equal(steps[-1].multipliers, samples.multipliers)
+
+
+def test_history_is_tidy_and_unweighted():
+    config = replace(SHORT, tv_weight=5.0, norm_weight=3.0, primal_weight=2.0)
+    history = run(config=config).history
+    assert isinstance(history, pd.DataFrame)
+    assert list(history["step"]) == [1, 5, 10, 12]
+    expected = {"step", "total", "stationarity", "primal", "feasible", "entropy"}
+    expected |= {"multiplier_sum", "active", "tv", "norm"}
+    expected |= {"augmented_stationarity", "augmented_primal"}
+    assert expected <= set(history.columns)
+    assert all(history[name].dtype.kind in "if" for name in history)
+    assert not history.isna().any().any()
+    total = (
+        history["stationarity"]
+        + history["augmented_stationarity"]
+        + 2 * (history["primal"] + history["augmented_primal"])
+        + 5 * history["tv"]
+        + 3 * history["norm"]
+    )
+    assert list(history["total"]) == pytest.approx(list(total))
+
+
+def test_first_row_is_the_start(generator):
+    model = build("conv")
+    init = torch.randn(4, *SHAPE, generator=generator, dtype=torch.float64)
+    config = replace(BARE, tv_weight=0.1, norm_weight=0.1, initial_multiplier=0.5)
+    row = run(model, init=init, config=config).history.iloc[0]
+    start = SupportSet(init, LABELS, torch.full((4,), 0.5, dtype=torch.float64))
+    assert row["stationarity"] == pytest.approx(deepkkt_loss(model, start, primal_weight=0).item())
+    assert row["stationarity"] + row["primal"] == pytest.approx(deepkkt_loss(model, start).item())
+    assert row["feasible"] == pytest.approx(1 - residuals(model, start).primal)
+    assert row["tv"] == pytest.approx(total_variation(init).mean().item() / 32)
+    assert row["norm"] == pytest.approx(init.square().mean().item())
+    assert (row["multiplier_sum"], row["active"]) == (2, 1)
+
+
+def test_one_step_by_hand(generator):
+    """Adam's first step has the learning rate's length along the sign of the gradient."""
+    model = build("dense")
+    init = torch.randn(4, *SHAPE, generator=generator, dtype=torch.float64)
+    config = replace(BARE, steps=1, learning_rate=0.3, multiplier_learning_rate=0.2)
+    solution = run(model, init=init, config=config)
+    inputs, multipliers = init.clone().requires_grad_(), torch.ones(4).double().requires_grad_()
+    loss = deepkkt_loss(model, SupportSet(inputs, LABELS, multipliers))
+    slopes = torch.autograd.grad(loss, [inputs, multipliers])
+    moves = [-rate * g / (g.abs() + 1e-8) for rate, g in zip((0.3, 0.2), slopes, strict=True)]
+    torch.testing.assert_close(solution.samples.inputs, init + moves[0])
+    torch.testing.assert_close(solution.samples.multipliers, (1 + moves[1]).clamp(min=0))
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l1", "l2"])
+@pytest.mark.parametrize("kind", ["dense", "conv", "conv-group"])
+def test_every_distance_decreases_the_loss(distance, kind):
+    config = replace(BARE, steps=60, distance=distance)
+    history = run(build(kind), config=config).history
+    assert history["stationarity"].iloc[-1] < history["stationarity"].iloc[0]
+    assert history["total"].iloc[-1] < 0.9 * history["total"].iloc[0]
+
+
+def test_primal_only():
+    config = replace(BARE, steps=60, stationarity_weight=0.0)
+    solution = run(build("conv"), config=config)
+    assert solution.residuals.primal == 0
+    assert solution.history["total"].iloc[0] == solution.history["primal"].iloc[0] > 0
+    assert solution.history["feasible"].iloc[-1] == 1
+    assert torch.equal(solution.samples.multipliers, torch.ones(4).double())  # nothing moves them
+
+
+def test_reduction_mean_divides_the_multipliers():
+    wide = run(config=replace(BARE, steps=1, distance="l2", reduction="mean"))
+    narrow = run(config=replace(BARE, steps=1, distance="l2", initial_multiplier=0.25))
+    assert wide.history["stationarity"][0] == pytest.approx(narrow.history["stationarity"][0])
+
+
+def test_priors_pull():
+    def final(**weights: float) -> Tensor:
+        config = replace(BARE, steps=40, **weights)
+        return run(config=config).samples.inputs
+
+    assert total_variation(final(tv_weight=10.0)).mean() < 0.5 * total_variation(final()).mean()
+    assert final(norm_weight=10.0).square().mean() < 0.5 * final().square().mean()
+
+
+def test_augmented_term_is_used():
+    noisy = replace(SHORT, augmentation=AugmentationConfig(noise=1.0))
+    plain = run(config=replace(noisy, augmented_weight=0.0))
+    assert "augmented_stationarity" not in plain.history
+    assert not same(run(config=noisy).samples, plain.samples)
+
+
+# --- randomness ----------------------------------------------------------------------------------
+
+
+def test_one_seed_gives_one_result():
+    first, again = (run(generator=seeded(3)) for _ in range(2))
+    other = run(generator=seeded(4))
+    assert same(first.samples, again.samples)
+    assert first.history.equals(again.history)
+    assert not torch.equal(first.samples.inputs, other.samples.inputs)
+    assert same(run().samples, run(generator=seeded(0)).samples)
+
+
+def test_global_randomness_is_neither_used_nor_moved():
+    before = torch.get_rng_state()
+    first = run()
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(123)
+        assert same(run().samples, first.samples)
+
+
+def test_works_under_no_grad():
+    with torch.no_grad():
+        quiet = run()
+    assert same(quiet.samples, run().samples)
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "labels", [LABELS, torch.tensor(LABELS), torch.tensor(LABELS, dtype=torch.uint8)]
+)
+def test_labels_may_be_a_list_or_integers(labels):
+    samples = run(labels=labels).samples
+    assert same(samples, run().samples)
+    assert samples.labels.dtype == torch.int64
+
+
+def test_soft_labels():
+    rows = torch.tensor([[0.6, 0.4, 0.0], [0.1, 0.1, 0.8]], dtype=torch.float64)
+    solution = run(labels=rows, config=replace(BARE, steps=80))
+    assert torch.equal(solution.samples.labels, rows)
+    assert solution.residuals.primal == 0
+    one_hot = torch.eye(CLASSES, dtype=torch.float64)[LABELS]
+    torch.testing.assert_close(run(labels=one_hot).samples.inputs, run().samples.inputs)
+
+
+def test_init_is_the_start_and_stays_unchanged(generator):
+    init = torch.randn(4, *SHAPE, generator=generator)
+    copy, starts = init.clone(), []
+    config = replace(BARE, learning_rate=1e-9, multiplier_learning_rate=0.0)
+    solution = run(init=init, config=config, on_step=starts.append)
+    torch.testing.assert_close(solution.samples.inputs, init.double(), rtol=0, atol=1e-6)
+    assert torch.equal(init, copy)
+    assert torch.equal(solution.samples.multipliers, torch.ones(4).double())
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_inputs_stay_inside_the_bounds_after_every_step(per_channel):
+    low, high = (-0.4, 0.3)
+    if per_channel:
+        low, high = torch.tensor([-0.4, -0.1]), torch.tensor([0.3, 0.2])
+    lowest, highest = (torch.as_tensor(b).double().reshape(-1, 1, 1) for b in (low, high))
+    seen = []
+
+    def check(step: Step) -> None:
+        assert bool((step.inputs >= lowest).all())
+        assert bool((step.inputs <= highest).all())
+        assert bool((step.multipliers >= 0).all())
+        seen.append(step.number)
+
+    config = replace(SHORT, learning_rate=1.0, resolutions=(0.5, 1.0))
+    samples = run(config=config, bounds=(low, high), on_step=check).samples
+    assert len(seen) == 12
+    at_limit = (samples.inputs == lowest) | (samples.inputs == highest)
+    assert bool(at_limit.any())
+
+
+def test_resolution_schedule():
+    stages: list[Tensor] = []
+    config = replace(BARE, steps=7, resolutions=(0.25, 0.5, 1.0), schedule="constant")
+    solution = run(config=config, on_step=lambda step: stages.append(step.inputs.clone()))
+    assert solution.samples.inputs.shape == (4, *SHAPE)
+    flat = [float((x - x[..., :1, :1]).abs().max()) < 1e-12 for x in stages]
+    assert flat == [True] * 3 + [False] * 4  # steps are shared 3, 2, 2
+
+    def rank(x: Tensor) -> int:  # up-sampling from side k leaves rank k at most
+        return int(torch.linalg.matrix_rank(x, rtol=1e-6).max())
+
+    assert [rank(x) for x in stages[3:5]] == [2, 2]
+    assert rank(stages[-1]) > 2
+
+
+def test_parameter_subset():
+    model = build("conv")
+    params = {"5.weight": model[5].weight}
+    solution = run(model, params=params, config=replace(BARE, steps=40))
+    assert list(solution.residuals.per_layer["parameter"]) == ["5.weight"]
+    start = run(model, params=params, config=replace(BARE, steps=1)).history["stationarity"][0]
+    assert solution.history["stationarity"].iloc[-1] < start
+    assert not same(solution.samples, run(model, config=replace(BARE, steps=40)).samples)
+
+
+def test_tabular_data():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    solution = run(model, shape=(2,), config=SynthesisConfig(steps=40), bounds=(-2.0, 2.0))
+    assert solution.samples.inputs.shape == (4, 2)
+    assert solution.samples.inputs.dtype == torch.float32
+    assert "tv" not in solution.history
+    history = solution.history["stationarity"]
+    assert history.iloc[-1] < history.iloc[0]
+
+
+# --- endings -------------------------------------------------------------------------------------
+
+
+def test_negative_multipliers_are_clamped():
+    config = replace(BARE, multiplier_learning_rate=3.0)
+    multipliers = []
+    solution = run(config=config, on_step=lambda step: multipliers.append(step.multipliers.clone()))
+    assert len(solution.samples) == 4
+    assert float(torch.stack(multipliers).min()) == 0
+    assert solution.residuals.dual == 0
+
+
+def test_negative_multipliers_are_removed():
+    config = replace(BARE, multiplier_learning_rate=1.5, negative_multiplier="remove")
+    counts, model = [], build("conv")
+    solution = run(model, config=config, on_step=lambda step: counts.append(len(step.inputs)))
+    assert solution.status is Status.ALL_STEPS
+    assert 0 < len(solution.samples) < 4
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == len(solution.samples)
+    assert set(solution.samples.labels.tolist()) <= set(LABELS)
+
+
+def test_removed_samples_take_their_labels_with_them():
+    config = replace(
+        BARE,
+        steps=1,
+        learning_rate=1e-6,
+        multiplier_learning_rate=1.5,
+        negative_multiplier="remove",
+    )
+    init = torch.randn(6, *SHAPE, generator=seeded(2))
+    labels = [0, 1, 2, 0, 1, 2]
+    samples = run(labels=labels, init=init, config=config).samples
+    kept = torch.cdist(samples.inputs.flatten(1), init.double().flatten(1)).argmin(dim=1).tolist()
+    assert kept == sorted(set(kept))
+    assert kept != list(range(len(kept)))  # not only the last ones went
+    assert samples.labels.tolist() == [labels[i] for i in kept]
+
+
+def test_no_candidates_are_left():
+    # far beyond the balance of θ and Σλ∇L every multiplier wants to shrink
+    config = replace(
+        BARE,
+        distance="l2",
+        initial_multiplier=1e4,
+        multiplier_learning_rate=1e5,
+        negative_multiplier="remove",
+    )
+    steps = []
+    solution = run(labels=[1], config=config, on_step=steps.append)
+    assert solution.status is Status.NO_CANDIDATES
+    assert not solution.status.successful
+    assert len(solution.samples) == 1
+    assert solution.samples.multipliers.tolist() == [1e4]
+    assert steps == []
+
+
+class BreaksAfter(nn.Module):
+    """Multiplies by NaN from call number `calls` on, in the last of a model's layers."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.left = calls
+
+    def forward(self, logits: Tensor) -> Tensor:
+        self.left -= 1
+        return logits if self.left >= 0 else logits * math.nan
+
+
+def test_non_finite_keeps_the_last_finite_samples():
+    def recorded(model: nn.Module) -> tuple[Solution, list[Tensor]]:
+        inputs: list[Tensor] = []
+        config = replace(BARE, steps=20)
+        solution = run(model, config=config, on_step=lambda s: inputs.append(s.inputs.clone()))
+        return solution, inputs
+
+    solution, inputs = recorded(nn.Sequential(build("conv"), BreaksAfter(6)))
+    whole, all_inputs = recorded(build("conv"))
+    assert whole.status is Status.ALL_STEPS
+    assert solution.status is Status.NON_FINITE
+    assert not solution.status.successful
+    assert len(inputs) == 6
+    assert list(solution.history["step"]) == [1, 5]
+    assert not solution.history.isna().any().any()
+    # what step 6 made led to a NaN: back to the samples of step 5, whose loss was seen to be finite
+    torch.testing.assert_close(solution.samples.inputs, all_inputs[4])
+
+
+def test_non_finite_from_the_start():
+    model = nn.Sequential(build("conv"), BreaksAfter(0))
+    solution = run(model)
+    assert solution.status is Status.NON_FINITE
+    assert len(solution.history) == 0
+    assert torch.isfinite(solution.samples.inputs).all()
+
+
+def test_tolerance_ends_the_run():
+    config = replace(BARE, steps=500, learning_rate=1e-7, tolerance=1e-3, log_every=5)
+    config = replace(config, multiplier_learning_rate=0.0)
+    solution = run(config=config)
+    assert solution.status is Status.CONVERGED
+    assert solution.status.successful
+    assert list(solution.history["step"]) == [1, 5]
+    never = run(config=replace(config, steps=20, tolerance=0.0))
+    assert never.status is Status.ALL_STEPS
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def test_model_is_untouched(untouched):
+    model = delicate()
+    with untouched(model):
+        trained = run(model)
+    assert same(trained.samples, run(delicate().eval()).samples)
+
+
+def test_model_is_untouched_when_on_step_raises(untouched):
+    model = delicate()
+
+    def stop(step: Step) -> None:
+        assert not any(module.training for module in model.modules())
+        if step.number == 3:
+            raise KeyboardInterrupt
+
+    with untouched(model), pytest.raises(KeyboardInterrupt):
+        run(model, on_step=stop)
+
+
+def test_model_is_untouched_after_bad_input(untouched):
+    model = delicate()
+    with untouched(model), pytest.raises(ValueError, match="labels"):
+        run(model, labels=[0, CLASSES])
+    with untouched(model), pytest.raises(ValueError, match="expected a shape"):
+        run(model, shape=(3, 4, 4))
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"labels": []}, ValueError, "expected at least one label, got none"),
+        ({"labels": [0, 3]}, ValueError, "from 0 to 2, got 3"),
+        ({"labels": [-1, 0]}, ValueError, "from 0 to 2, got -1"),
+        ({"labels": [0.5, 0.5]}, ValueError, r"expected soft labels of shape \[n, K\]"),
+        ({"labels": torch.ones(2, 3)}, ValueError, "sum to 1, got a row that sums to 3"),
+        ({"labels": torch.full((2, 2), 0.5)}, ValueError, "3 classes, got 2 columns"),
+        ({"init": torch.zeros(3, *SHAPE)}, ValueError, r"init: expected shape \[4, 2, 4, 4\]"),
+        ({"init": torch.full((4, *SHAPE), math.nan)}, ValueError, "init: expected finite"),
+        ({"init": torch.zeros(4, *SHAPE).int()}, TypeError, "init: expected a floating"),
+        ({"init": [[0.0]]}, TypeError, "init: expected a torch.Tensor"),
+        ({"bounds": (1.0, 0.0)}, ValueError, "expected low < high"),
+        ({"bounds": (0.0, math.nan)}, ValueError, "bounds high: expected finite"),
+        ({"bounds": (torch.zeros(3), torch.ones(3))}, ValueError, r"one per channel \[2\]"),
+        ({"params": {"6.weight": torch.zeros(3, 16)}}, ValueError, "did you mean '5.weight'"),
+        ({"params": {}}, ValueError, "at least one parameter"),
+        ({"model": build("conv").requires_grad_(False)}, ValueError, "requires? grad"),
+        ({"model": nn.Flatten()}, ValueError, "at least one parameter that requires grad"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        run(**options)
+    assert "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"schedule": "cosin"}, "schedule: expected one of.*did you mean 'cosine'"),
+        ({"negative_multiplier": "drop"}, "negative_multiplier: expected one of 'clamp', 'remove'"),
+        ({"distance": "l3"}, "distance: expected one of 'cosine', 'l1', 'l2', got 'l3'"),
+        ({"reduction": "none"}, "reduction: expected one of 'sum', 'mean'"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a finite number > 0"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"initial_multiplier": 0.0}, "initial_multiplier"),
+        ({"steps": 0}, "steps: expected a finite number ≥ 1, got 0"),
+        ({"log_every": 0}, "log_every"),
+        ({"multiplier_learning_rate": -1.0}, "multiplier_learning_rate"),
+        ({"tolerance": -1.0}, "tolerance"),
+        ({"stationarity_weight": -1.0}, "stationarity_weight: expected a finite number ≥ 0"),
+        ({"primal_weight": math.inf}, "primal_weight"),
+        ({"augmented_weight": -1.0}, "augmented_weight"),
+        ({"tv_weight": math.nan}, "tv_weight"),
+        ({"norm_weight": -1.0}, "norm_weight"),
+        ({"resolutions": (0.5, 2)}, r"resolutions: expected fractions .* got \(0.5, 2\)"),
+        ({"resolutions": (0.5, 1.0), "steps": 1}, "steps: expected at least one for each of 2"),
+    ],
+)
+def test_bad_settings_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        SynthesisConfig(**setting)
+
+
+@pytest.mark.parametrize("name", ["steps", "log_every", "learning_rate", "tv_weight", "tolerance"])
+def test_numbers_must_be_numbers(name):
+    with pytest.raises(TypeError, match=name):
+        SynthesisConfig(**{name: "3"})
+
+
+def test_steps_are_whole():
+    with pytest.raises(TypeError, match=r"steps: expected a whole number, got float 2\.5"):
+        SynthesisConfig(steps=2.5)
