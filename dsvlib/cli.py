@@ -178,7 +178,7 @@ def synthesize(
         model,
         torch.tensor(wanted),
         metadata["shape"],
-        config=dsvlib.SynthesisConfig(**({} if steps is None else {"steps": steps})),
+        config=_synthesis_config(metadata, steps),
         bounds=((0 - mean) / std, (1 - mean) / std),
         generator=torch.Generator().manual_seed(seed),
     )
@@ -188,6 +188,16 @@ def synthesize(
     with _new_folder(out) as folder:
         _write_solution(folder, solution, metadata, about)
     print(f"{len(solution.samples)} deep support vectors in {out}. {solution.status}")
+
+
+def _synthesis_config(metadata: dict[str, Any], steps: int | None) -> Any:
+    """Return the defaults for the bundled digits, and the start for photographs for all else."""
+    from dsvlib import SynthesisConfig
+
+    changes = {} if steps is None else {"steps": steps}
+    if metadata.get("dataset") == "digits":
+        return SynthesisConfig(**changes)
+    return SynthesisConfig.photographs(**changes)
 
 
 def _labels(text: str | None, per_class: int, classes: int) -> list[int]:

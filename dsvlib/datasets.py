@@ -143,6 +143,7 @@ def load_dataset(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{setting}: expected a whole number ≥ 1 or None, got {value!r}")
     folder = Path(root) if root else repository_root() / "data" / "downloads"
+    statistics = STATISTICS.get(name)
     if name.startswith("folder:"):
         path = Path(name.removeprefix("folder:"))
         pixels, name = _read_folder(path), path.name
@@ -159,8 +160,8 @@ def load_dataset(
             f"{name}: expected training and test images of one shape, got "
             f"{list(train[0].shape[1:])} and {list(test[0].shape[1:])}; pass image_size="
         )
-    if name in STATISTICS:
-        mean, std = STATISTICS[name]
+    if statistics is not None:
+        mean, std = statistics
     else:
         mean = tuple(train[0].mean(dim=(0, 2, 3)).tolist())
         std = tuple(train[0].std(dim=(0, 2, 3)).clamp(min=1e-3).tolist())

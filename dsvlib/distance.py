@@ -29,3 +29,12 @@ def distance(theta: Tensor, gradient: Tensor, kind: Distance) -> Tensor:
         return (theta + gradient).square().mean()
     # gradients of confident samples are tiny: only a true zero may be rounded up
     return 1 - F.cosine_similarity(theta, -gradient, dim=0, eps=torch.finfo(theta.dtype).tiny)
+
+
+def best_scale(theta: Tensor, gradient: Tensor) -> float:
+    """Return the a that minimises ‖θ + a·g‖₂ (0 where g vanishes).
+
+    The cosine is blind to the scale of λ; this one fits θ best.
+    """
+    square = float(gradient.square().sum())
+    return -float(theta @ gradient) / square if square > 0 else 0.0

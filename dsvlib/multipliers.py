@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsvlib.analysis import entropy
 from dsvlib.conditions import Conditions, LossFn, evaluation_mode, residuals
-from dsvlib.distance import DISTANCES, Distance, distance
+from dsvlib.distance import DISTANCES, Distance, best_scale, distance
 from dsvlib.progress import progress_bar
 from dsvlib.samples import SupportSet
 from dsvlib.solution import Certificate, Solution, Status
@@ -302,7 +302,7 @@ class _Problem:
                 gradients = each(theta, self.inputs[part], self.labels[part])
                 columns = 0
                 for value in gradients.values():
-                    flat = value.flatten(1)
+                    flat = value.reshape(len(value), -1)  # a scalar parameter has [b] here
                     rows[start : start + len(flat), columns : columns + flat.shape[1]] = flat
                     columns += flat.shape[1]
         return rows
@@ -375,7 +375,7 @@ def _fit_gradient(
     multipliers = unit * scaled
     total = problem.weighted_gradient(multipliers, everyone)
     if config.distance == "cosine":
-        factor = _best_factor(theta, total)  # D is the same for every scale; this one fits θ best
+        factor = best_scale(theta, total)  # D is the same for every scale; this one fits θ best
         multipliers = multipliers * factor if factor > 0 else multipliers
     value, _ = _distance(theta, total, config)
     # the last row has the multipliers that are returned
@@ -399,17 +399,11 @@ def _start(
         unit = float(start.mean())
         return unit, start / unit
     ones = torch.ones(len(problem.inputs)).to(theta)
-    factor = _best_factor(theta, problem.weighted_gradient(ones, index))
+    factor = best_scale(theta, problem.weighted_gradient(ones, index))
     unit = factor if factor > 0 and np.isfinite(factor) else 1.0
     if config.start == "random":
         return unit, 2 * torch.rand(len(ones), generator=generator).to(theta)
     return unit, ones
-
-
-def _best_factor(theta: Tensor, gradient: Tensor) -> float:
-    """Return the a that minimises ‖θ + a·g‖ (0 where g vanishes)."""
-    square = float(gradient.square().sum())
-    return -float(theta @ gradient) / square if square > 0 else 0.0
 
 
 def _distance(theta: Tensor, gradient: Tensor, config: GradientConfig) -> tuple[Tensor, Tensor]:

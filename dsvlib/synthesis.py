@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -31,7 +31,7 @@ from dsvlib.conditions import (
     primal_loss,
     residuals,
 )
-from dsvlib.distance import DISTANCES, Distance
+from dsvlib.distance import DISTANCES, Distance, best_scale
 from dsvlib.priors import image_variation, squared_norm
 from dsvlib.progress import progress_bar
 from dsvlib.samples import SupportSet
@@ -46,13 +46,15 @@ from dsvlib.validation import (
     check_number,
 )
 
-
-BLACK = -0.957  # of the bundled digits, (0 − mean) / std; the mean colour, 0, suits photographs
+BLACK = -0.957  # (0 − mean) / std of the bundled digits: the colour of their background
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisConfig:
     """Every choice of Algorithm 1; the defaults give good DSVs of the shipped digits classifier.
+
+    They were chosen on judges that saw a part of the training images only. Half the resolution
+    and a pull to black suit strokes on a dark ground; start from `photographs()` for other images.
 
     steps, learning_rate, betas, schedule
         Adam steps on X over all resolutions, with a ``"cosine"`` or ``"constant"`` schedule.
@@ -61,7 +63,8 @@ class SynthesisConfig:
     negative_multiplier
         ``"clamp"`` λ to 0, or ``"remove"`` the sample as the paper does.
     distance
-        D: ``"cosine"``, ``"l1"`` or ``"l2"``.
+        D: ``"cosine"`` (blind to the scale of Λ, which is set at the end to the best one),
+        ``"l1"`` or ``"l2"``.
     reduction
         Whether λᵢ weighs L as a ``"sum"`` (the stationarity equation) or a ``"mean"`` over n.
     stationarity_weight, primal_weight, augmented_weight, tv_weight, norm_weight
@@ -93,17 +96,27 @@ class SynthesisConfig:
     stationarity_weight: float = 1.0
     primal_weight: float = 1.0
     augmented_weight: float = 1.0
-    tv_weight: float = 0.1
-    norm_weight: float = 0.0
-    norm_target: float = 0.0
+    tv_weight: float = 0.03
+    norm_weight: float = 0.1
+    norm_target: float = BLACK
     augmentation: AugmentationConfig = field(
-        default_factory=lambda: AugmentationConfig(
-            translate=0.125, rotate=10, scale=0.1, noise=0.1, fill=BLACK
-        )
+        default_factory=lambda: AugmentationConfig(translate=0.0625, noise=0.5, fill=BLACK)
     )
     resolutions: tuple[float, ...] = (0.5,)
     tolerance: float = 0.0
     log_every: int = 20
+
+    @classmethod
+    def photographs(cls, **changes: Any) -> SynthesisConfig:
+        """Return a start for colour images: half size, then full; no pull to black; mirrored."""
+        config = cls(
+            tv_weight=0.3,
+            norm_weight=0.0,
+            norm_target=0.0,
+            augmentation=AugmentationConfig(translate=0.125, flip=0.5, noise=0.1),
+            resolutions=(0.5, 1.0),
+        )
+        return dataclasses.replace(config, **changes)
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, ("cosine", "constant"))
@@ -132,7 +145,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What `on_step` sees after each step: detached views that must not be written to."""
+    """What `on_step` sees after each step: copies, X at full size."""
 
     number: int
     inputs: Tensor
@@ -188,6 +201,8 @@ def synthesize(
     run = _Run(conditions, config, labels, size, _limits(bounds, size, theta), generator, on_step)
     with evaluation_mode(model), torch.enable_grad():
         status = run.optimise(x, multipliers)
+        if config.distance == "cosine" and config.stationarity_weight:
+            run.rescale()
     samples = SupportSet(run.at_full_size(run.x), run.labels, run.multipliers.detach())
     return Solution(
         samples=samples,
@@ -276,7 +291,7 @@ class _Run:
         return Status.ALL_STEPS
 
     def _plan(self) -> Iterator[tuple[list[int] | None, float]]:
-        """Yield for each step the size (H, W) to change to, if any, and the learning-rate factor."""
+        """Yield for each step the size (H, W) to change to, if any, and the rate's factor."""
         sizes: list[list[int] | None] = [
             [max(1, round(fraction * side)) for side in self.shape[-2:]]
             for fraction in self.config.resolutions
@@ -326,8 +341,17 @@ class _Run:
                 self._restore()
                 return Status.NO_CANDIDATES
         if self.on_step is not None:
-            self.on_step(Step(number, self.at_full_size(self.x), self.multipliers.detach(), value))
+            x, multipliers = self.at_full_size(self.x).clone(), self.multipliers.detach().clone()
+            self.on_step(Step(number, x, multipliers, value))
         return self._converged() if logged else None
+
+    def rescale(self) -> None:
+        """Give Λ the scale that fits θ best: the cosine distance leaves it open."""
+        losses, _ = self.conditions.losses(self.at_full_size(self.x), self.labels)
+        parts = self.conditions.gradient(losses, self.multipliers.detach(), differentiable=False)
+        scale = best_scale(self.conditions.flat_theta, torch.cat([p.reshape(-1) for p in parts]))
+        if 0 < scale < float("inf"):
+            self.multipliers = self.multipliers.detach() * scale
 
     def _restore(self) -> None:
         if self.last is not None:

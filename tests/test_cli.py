@@ -189,7 +189,7 @@ def test_synthesis_that_fails_leaves_nothing(
 
     monkeypatch.setattr(figures, "write_figure", full)
     out = tmp_path / "made"
-    words = ["synthesize", "--classifier", str(classifier), "--out", str(out), "--steps", "1"]
+    words = ["synthesize", "--classifier", str(classifier), "--out", str(out), "--steps", "2"]
     assert run(*words) == 1
     assert "No space left" in stderr_line(capsys)
     status = dsvlib.Status.NON_FINITE

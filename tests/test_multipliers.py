@@ -210,7 +210,7 @@ class Score(nn.Module):
 
     def __init__(self, weight, bias):
         super().__init__()
-        self.weight = nn.Parameter(torch.as_tensor(weight, dtype=torch.float64).reshape(-1))
+        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64).reshape(-1))
         self.bias = nn.Parameter(torch.as_tensor(bias, dtype=torch.float64).reshape(1))
 
     def forward(self, inputs):
@@ -285,9 +285,9 @@ def test_nnls_meets_both_conditions_of_a_machine_in_the_plane():
         points, labels, svm, dual = machine(2, seed=seed)
         if len(svm.support_) == 3:
             break
-    weight, bias = torch.as_tensor(svm.coef_[0]), float(svm.intercept_[0])
+    weight, bias = torch.tensor(svm.coef_[0]), float(svm.intercept_[0])
     shifted = points + bias * weight / weight.square().sum()
-    solution = fit_multipliers(Score(weight, 0.0), shifted, labels, loss_fn=hinge)
+    solution = fit_multipliers(Score(weight.numpy(), 0.0), shifted, labels, loss_fn=hinge)
     assert torch.nonzero(solution.samples.multipliers)[:, 0].tolist() == sorted(svm.support_)
     torch.testing.assert_close(solution.samples.multipliers, dual, rtol=1e-4, atol=1e-6)
 
@@ -430,23 +430,21 @@ def test_removed_samples_stay_out_and_in_place():
 
 
 def test_every_sample_removed():
-    model, samples = build("conv"), candidates(1)
-    gradient = Conditions(model)
-    losses, _ = gradient.losses(samples.inputs, samples.labels)
-    slope = torch.cat([g.reshape(-1) for g in gradient.gradient(losses, torch.ones(1).double())])
-    if float(slope @ gradient.flat_theta) < 0:  # make −θ point the wrong way
-        with torch.no_grad():
-            for value in model.parameters():
-                value.neg_()
+    """A gradient along +θ drives its only λ below zero at once."""
+    model = Score([1.0, 0.0], 0.0)
     config = GradientConfig(steps=9, learning_rate=5.0, negative_multiplier="remove", distance="l2")
-    labels = torch.tensor([1])
-    for label in range(CLASSES):
-        labels[0] = label
-        solution = fit_multipliers(model, samples.inputs, labels, method="gradient", config=config)
-        if solution.status is Status.NO_CANDIDATES:
-            break
+    solution = fit_multipliers(
+        model,
+        torch.tensor([[1.0, 0.5]]).double(),
+        [0],
+        method="gradient",
+        params={"weight": model.weight},
+        loss_fn=linear_loss,
+        config=config,
+    )
     assert solution.status is Status.NO_CANDIDATES
-    assert torch.isfinite(solution.samples.multipliers).all()
+    assert not solution.status.successful
+    assert solution.samples.multipliers.tolist() == [1]  # the last one before it turned
 
 
 def test_random_start_follows_the_generator():
