@@ -1,4 +1,4 @@
-"""The committed notebooks: outputs of a run put into them, normalised, and checked.
+"""The committed notebooks and README: results of a run put into them, normalised, and checked.
 
 Two equal runs give the same bytes, and `check_notebooks` says where outputs are older than the
 code that they claim to come from.
@@ -17,6 +17,7 @@ from dsvlib.files import atomic_path
 from dsvlib.presets import notebook_names, plan, read_parameters, read_presets
 from dsvlib.reproduce import exclusive, up_to_date
 from dsvlib.run import DsvError, code_cells, digest, library_digest, repository_root
+from dsvlib.wall import fill_results
 
 MAX_CELL_LINES = 40
 PROGRESS = re.compile(r"\d%\||\d(it|s)/(s|it)\b|\dit \[")
@@ -25,6 +26,8 @@ PRIVATE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|private|mnt|opt|usr|v
 
 def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[str]:
     """Put the outputs of a preset's run, normalised, into the committed notebooks.
+
+    The README's tables of results are made anew as well.
 
     Returns the names refreshed. Raises DsvError, before writing any, if a notebook has no run
     of the present code.
@@ -43,6 +46,11 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
         for target, notebook in ready:
             with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as out:
                 nbformat.write(notebook, out)
+        readme = repository_root() / "README.md"
+        if readme.is_file():
+            filled = fill_results(readme.read_text(encoding="utf-8"))
+            with atomic_path(readme) as temporary:
+                temporary.write_text(filled, encoding="utf-8")
     return [target.stem for target, _ in ready]
 
 
@@ -117,6 +125,9 @@ def check_notebooks() -> list[str]:
             problems.append(str(error).split("\n")[0])
             continue
         problems += [f"{name}: {problem}" for problem in _check_notebook(path, notebook)]
+    readme = repository_root() / "README.md"
+    if readme.is_file() and (text := readme.read_text(encoding="utf-8")) != fill_results(text):
+        problems.append("README.md: its results are not those recorded; run dsv notebooks refresh")
     try:
         for preset, content in read_presets().items():
             if not set(notebook_names()) <= set(content["omit"]):

@@ -1,11 +1,12 @@
-"""What recorded runs say, side by side: a summary for the terminal and a wall of figures.
+"""What recorded runs say: a summary for the terminal, a wall of figures, the README's tables.
 
-Both are made from the records and sidecars alone (`read_record` checks them); nothing runs here.
+All are made from the records and sidecars alone (`read_record` checks them); nothing runs here.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -70,3 +71,39 @@ def _wall_entry(directory: Path, sidecar: Mapping[str, Any]) -> list[str]:
     title = sidecar["caption"] or sidecar["name"]
     text = f"**{sidecar['scale']}** · {title} · {' · '.join(links)}"
     return [*picture, text, "", f"`{sidecar['command']}`", ""]
+
+
+# A README names the values that it wants to show; what stands below the marker is never typed in.
+RESULTS = re.compile(
+    r"(?P<open><!-- results (?P<preset>\w+):(?P<wanted>[^>]*?)-->\n)"
+    r".*?(?P<close><!-- /results -->)",
+    re.DOTALL,
+)
+
+
+def fill_results(text: str) -> str:
+    """Return `text` with every table between result markers made anew from the records.
+
+    A marker lists ``claim/name`` pairs, one per line. A value that no whole run recorded is shown
+    as not run, never left out.
+    """
+    return RESULTS.sub(_results_table, text)
+
+
+def _results_table(marker: re.Match[str]) -> str:
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for directory in sorted((figures_root() / marker["preset"]).glob("*/")):
+        with suppress(RecordError):
+            for value in read_record(directory)["values"]:
+                found[f"{value['claim']}/{value['name']}"] = directory.name, value
+    lines = ["| claim | quantity | measured | n | paper | notebook |", "|---|---|---|---|---|---|"]
+    for wanted in marker["wanted"].split():
+        claim, _, name = wanted.partition("/")
+        cells = [claim, name.replace("_", " "), "not run", "", "", ""]
+        if wanted in found:
+            notebook, value = found[wanted]
+            paper = "–" if value["paper"] is None else f"{value['paper']:.4g}"
+            link = f"[{notebook[:2]}](notebooks/{notebook}.ipynb)"
+            cells[2:] = _measured(value), str(value["n"]), paper, link
+        lines.append("| " + " | ".join(cells) + " |")
+    return marker["open"] + "\n".join(lines) + "\n" + marker["close"]

@@ -10,7 +10,7 @@ from checkout import make_checkout
 from matplotlib.figure import Figure
 
 from dsvlib.run import Run
-from dsvlib.wall import summary, write_wall
+from dsvlib.wall import fill_results, summary, write_wall
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +60,16 @@ def test_summary_aligns_the_values() -> None:
     lines = summary([publish("01_line")]).splitlines()
     assert lines == ["K1|a  steps   5 ± 0.5 %  paper 7", "K12   cosine  0.9877"]
     assert summary([]) == ""
+
+
+def test_readme_tables_come_from_the_records() -> None:
+    publish("01_line")
+    marker = "<!-- results quick:\nK12/cosine\nK9/other_value\n-->\n"
+    text = f"before\n{marker}| 99 |\n<!-- /results -->\nafter"
+    filled = fill_results(text)
+    assert "| K12 | cosine | 0.9877 | 1 | – | [01](notebooks/01_line.ipynb) |" in filled
+    assert "| K9 | other value | not run |" in filled
+    assert "99" not in filled
+    assert filled.startswith("before\n<!-- results quick:\nK12/cosine\n")
+    assert filled.endswith("<!-- /results -->\nafter")
+    assert fill_results(filled) == filled
