@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dsvlib import SupportSet, load_dataset
+from dsvlib.conditions import Conditions, LossFn, evaluation_mode
 
 torch.set_num_threads(1)  # the networks are tiny: a second thread only adds noise
 settings.register_profile("dsvlib", deadline=None, derandomize=True, database=None, max_examples=15)
@@ -78,6 +81,24 @@ def candidates(count: int = 4, *, seed: int = 1, soft: bool = False) -> SupportS
         labels,
         torch.rand(count, generator=generator, dtype=torch.float64) + 0.5,
     )
+
+
+def sample_gradients(
+    model: nn.Module,
+    samples: SupportSet,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    loss_fn: LossFn | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return θ [P] and G [n, P] as NumPy arrays, one backward pass per sample."""
+    conditions = Conditions(model, params=params, loss_fn=loss_fn)
+    rows = []
+    with evaluation_mode(model):
+        for i in range(len(samples)):
+            losses, _ = conditions.losses(samples.inputs[i : i + 1], samples.labels[i : i + 1])
+            parts = conditions.gradient(losses, torch.ones_like(losses), differentiable=False)
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    return conditions.flat_theta.numpy(), torch.stack(rows).numpy()
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

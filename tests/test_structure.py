@@ -22,13 +22,13 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # Data flow downwards: a module imports from floors above its own, and never from its neighbours.
 FLOORS = (
     ("files", "validation", "progress"),
-    ("samples", "distance", "second_order"),
+    ("samples", "distance", "second_order", "nonnegative"),
     ("datasets", "models"),
     ("conditions", "priors", "augmentation", "checkpoints"),
-    ("solution", "training"),
+    ("solution", "training", "sample_gradients"),
     ("analysis", "plane"),
     ("synthesis", "multipliers", "selection", "distillation"),
-    ("evaluation", "judging"),
+    ("evaluation", "judging", "trail"),
     ("zoo", "figures"),
     ("run",),
     ("presets", "wall"),
