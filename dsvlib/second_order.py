@@ -9,14 +9,17 @@ recorded with formulations whose second derivative costs little more than a firs
   kernels, in the memory layout the CPU kernels like, and only where somebody asks;
 - group and instance normalisation: closed forms whose every term is linear in (v, dy, x), with
   coefficients that need only one sum per channel and sample (``_GroupNormBackward``);
+- ReLU: no zeros computed and added for the derivative of its step;
 - attention: the math kernel, because the fused ones have no second derivative at all.
 
 Layer norm, pooling and the rest stay native: their second derivatives are already one kernel each.
 Values and first derivatives are those of the native operations; the forward pass is the native
 kernel in the layout the model came in, so that no ReLU flips by a rounding error. A *third*
 derivative through a rewritten operation raises. On CUDA, in half precision, under torch.func
-transforms and for transposed, 1-d and 3-d convolutions everything but attention stays native. Shapes: images [n, c, h, w]; normalised tensors are
-seen as [n, c, p] with p positions, and ``rows`` are n·c.
+transforms and for transposed, 1-d and 3-d convolutions everything but attention stays native.
+
+Shapes: images [n, c, h, w]; normalised tensors are seen as [n, c, p] with p positions, one row for
+each sample and channel.
 """
 
 from __future__ import annotations
@@ -28,7 +31,6 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -81,6 +83,37 @@ def _rewritable(x: Tensor) -> bool:
         and torch.is_grad_enabled()
         and not torch._C._functorch.peek_interpreter_stack()  # vmap, jvp: no Function of ours
     )
+
+
+class _Last(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, compute: Callable[[], Any], *_tensors: Tensor | None) -> Any:
+        return compute()
+
+    @staticmethod
+    def backward(_ctx: Any, *_grads: Tensor) -> Any:
+        raise RuntimeError(
+            "cheap_double_backward() records two derivatives, and a third was asked for; "
+            "run the forward pass outside it"
+        )
+
+
+def _last_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a Function's backward compute without a graph, and any derivative of it raise.
+
+    Torch's own ``once_differentiable`` looks at the cotangents only: a derivative that comes in
+    through a saved tensor would pass it by and be left out without a word.
+    """
+
+    def guarded(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *cotangents)
+        tensors = (*cotangents, *ctx.saved_tensors)
+        return _Last.apply(  # type: ignore[no-untyped-call]
+            lambda: backward(ctx, *cotangents), *tensors
+        )
+
+    return guarded
 
 
 # Convolution -------------------------------------------------------------------------------------
@@ -198,7 +231,7 @@ class _Conv2dBackward(torch.autograd.Function):
         return _convolve_backward(grad, _laid_out_as(grad, x), weight, shape, wanted)
 
     @staticmethod
-    @once_differentiable
+    @_last_derivative
     def backward(ctx: Any, u: Tensor | None, v: Tensor | None, s: Tensor | None) -> Any:
         grad, x, weight = ctx.saved_tensors
         to_grad: Tensor | None = None
@@ -222,6 +255,9 @@ class _Conv2dBackward(torch.autograd.Function):
         return to_grad, to_x, to_weight, None, None
 
 
+# ReLU --------------------------------------------------------------------------------------------
+
+
 def _relu(x: Tensor, inplace: bool = False) -> Tensor:
     """``F.relu``, moved to channels-last where it follows a convolution directly.
 
@@ -229,9 +265,26 @@ def _relu(x: Tensor, inplace: bool = False) -> Tensor:
     the cheaper layout. After a normalisation it is not: the closed form wants contiguous rows, and
     two changes of layout a pass cost what the pooling gains.
     """
-    if not inplace and x.grad_fn is not None and x.grad_fn.name() == "_Conv2dBackward":
+    if inplace or not _rewritable(x):
+        return F.relu(x, inplace=inplace)
+    if x.dim() == 4 and x.grad_fn is not None and x.grad_fn.name() == "_Conv2dBackward":
         x = x.contiguous(memory_format=torch.channels_last)
-    return F.relu(x, inplace=inplace)
+    return cast(Tensor, _Relu.apply(x))  # type: ignore[no-untyped-call]
+
+
+class _Relu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.relu()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # Detached, since natively the second derivative fills a tensor with the zeros of the step's
+        # derivative, and adds it.
+        (out,) = ctx.saved_tensors
+        return cast(Tensor, _aten.threshold_backward(grad, out.detach(), 0))
 
 
 # Normalisation -----------------------------------------------------------------------------------
@@ -332,7 +385,7 @@ class _GroupNormBackward(torch.autograd.Function):
         return dx, dot.sum(0), total.sum(0)
 
     @staticmethod
-    @once_differentiable
+    @_last_derivative
     def backward(ctx: Any, v: Tensor, p: Tensor, q: Tensor) -> Any:
         dy, x, weight, mean, rstd, dy_xhat, dy_sum = ctx.saved_tensors
         given, v = v, v.contiguous()

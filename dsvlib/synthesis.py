@@ -268,9 +268,10 @@ class _Run:
         self.generator = generator
         self.on_step = on_step
         self.is_image = len(shape) == 3
-        if not self.is_image and (config.resolutions or config.tv_weight):
-            # tabular data has no neighbouring pixels
-            self.config = dataclasses.replace(config, resolutions=(), tv_weight=0.0)
+        if not self.is_image:  # the priors and resolutions are about pixels
+            self.config = dataclasses.replace(
+                config, resolutions=(), tv_weight=0.0, norm_weight=0.0
+            )
         self.rows: list[dict[str, float]] = []
         self.x = self.multipliers = torch.empty(0)
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
