@@ -469,7 +469,7 @@ def draw_points(
     largest: float | None = None,
     area: float = 420,
 ) -> None:
-    """Draw points [n, 2] in their class's colour and marker, and discs of an area ∝ `weights` [n].
+    """Draw points [n, 2] in their class's colour and marker, larger ones with area ∝ `weights` [n].
 
     A weight of `largest` (default: the largest there is) has `area` points squared; one above zero
     can always be seen.
@@ -478,10 +478,16 @@ def draw_points(
     sizes = np.zeros(len(inputs))
     if weights is not None:
         weights = np.asarray(weights, dtype=float)
+        if weights.shape != sizes.shape:
+            raise ValueError(
+                f"weights: expected one per point, [{len(inputs)}], got {list(weights.shape)}"
+            )
         top = float(largest or weights.max() or 1)
         sizes = np.where(weights > 1e-6 * top, np.maximum(area * weights / top, 4), 0)
     for k in np.unique(labels):
         style: dict[str, Any] = {"color": COLORS[k], "marker": MARKERS[k]}
-        axes.scatter(*inputs[labels == k].T, s=13, alpha=0.45, lw=0, **style)
+        x1, x2 = inputs[labels == k].T
+        axes.scatter(x1, x2, s=13, alpha=0.45, lw=0, **style)
         at = (labels == k) & (sizes > 0)
-        axes.scatter(*inputs[at].T, s=sizes[at], alpha=0.65, ec=INK, lw=0.7, zorder=3, **style)
+        x1, x2 = inputs[at].T
+        axes.scatter(x1, x2, s=sizes[at], alpha=0.65, ec=INK, lw=0.7, zorder=3, **style)
