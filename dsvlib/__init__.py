@@ -42,6 +42,7 @@ _HOMES = {
     ),
     "solution": ("Certificate", "Solution", "Status"),
     "synthesis": ("SynthesisConfig", "synthesize"),
+    "trail": ("multiplier_trail", "per_sample_gradients"),
     "training": ("TrainConfig", "accuracy", "train"),
     "zoo": ("RECIPES", "classifier", "premise"),
 }
