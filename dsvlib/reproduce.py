@@ -175,9 +175,13 @@ def _start(job: Job, run_id: str, position: str, jobs: int, flags: str) -> _Runn
         "DSV_FIGURES": str(figures_root().absolute()),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
+        # threads that wait by spinning make a busy machine several times slower
+        "OMP_WAIT_POLICY": "PASSIVE",
         "MPLBACKEND": "agg",
         "PYTHONHASHSEED": "0",
         "JUPYTER_PREFER_ENV_PATH": "1",
+        # torch warns about its own use of torch.jit; it says nothing about the notebook
+        "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script",
         # The kernel imports the very dsvlib that started it.
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *_python_path()]),
     }
