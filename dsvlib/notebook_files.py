@@ -37,7 +37,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
     ready = []
     with exclusive(uuid.uuid4().hex):
         for job in plan(preset, only=only):
-            if not up_to_date(job) or not job.build(".ipynb").is_file():
+            if not up_to_date(job):
                 fix = f"run dsv reproduce --preset {preset} --only {job.notebook} --force"
                 raise DsvError(f"{job.notebook}: no outputs of the present code to take; {fix}")
             target = repository_root() / "notebooks" / f"{job.notebook}.ipynb"

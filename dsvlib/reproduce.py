@@ -102,7 +102,12 @@ def _check_writable() -> None:
 
 
 def up_to_date(job: Job) -> bool:
-    """Return whether the job's figures are whole and of this code and these parameters."""
+    """Return whether this checkout ran the job with this code and these parameters, and whole.
+
+    Committed figures are not enough: a fresh clone makes its own, which is what it is for.
+    """
+    if not job.build(".ipynb").is_file():
+        return False
     try:
         record = read_record(job.directory)
     except RecordError:

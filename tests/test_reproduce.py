@@ -86,6 +86,10 @@ def test_up_to_date_follows_parameters_code_and_files(checkout: Path) -> None:
     assert not up_to_date(job)
     write_notebook(checkout, "01_line", BODY, END)
     assert up_to_date(job)
+    job.build(".ipynb").unlink()
+    assert not up_to_date(job), "figures that came with the clone are made again"
+    publish(job)
+    assert up_to_date(job)
     (folder / "record.json").unlink()
     assert not up_to_date(job)
 
