@@ -15,7 +15,7 @@ and [K, m, C, H, W]; gradients [K, *parameter]; features [K, b, d].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,7 +35,14 @@ from dsvlib.samples import SupportSet
 from dsvlib.second_order import cheap_double_backward
 from dsvlib.solution import Solution, Status
 from dsvlib.training import Labelled, TrainConfig, train
-from dsvlib.validation import as_labels, check_choice, check_finite, check_inputs, check_number
+from dsvlib.validation import (
+    as_labels,
+    check_bounds,
+    check_choice,
+    check_count,
+    check_inputs,
+    check_number,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +84,9 @@ class MatchingConfig:
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("momentum", self.momentum, at_least=0)
         for name in ("steps", "batch_real", "log_every"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.shot is not None:
-            _check_count("shot", self.shot)
+            check_count("shot", self.shot)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +108,7 @@ class GradientMatchingConfig(MatchingConfig):
         super().__post_init__()
         check_number("network_learning_rate", self.network_learning_rate, above=0)
         for loop in self.loops or ():
-            _check_count("loops", loop)
+            check_count("loops", loop)
 
     @classmethod
     def dsa(cls, **changes: Any) -> GradientMatchingConfig:
@@ -271,7 +278,7 @@ def seen_images(split: Labelled, shot: int | None, *, generator: torch.Generator
             f"pass split.labels.argmax(dim=1)"
         )
     if shot is not None:
-        _check_count("shot", shot)
+        check_count("shot", shot)
     chosen = []
     for number in range(int(labels.max()) + 1):
         members = (labels == number).nonzero()[:, 0].cpu()
@@ -369,7 +376,7 @@ class _Run:
         bounds: tuple[Tensor, Tensor] | tuple[float, float] | None,
         generator: torch.Generator | None,
     ) -> None:
-        _check_count("per_class", per_class)
+        check_count("per_class", per_class)
         self.config = config
         self.generator = generator or torch.Generator().manual_seed(0)
         self.real = seen_images(split, config.shot, generator=self.generator).inputs
@@ -383,7 +390,7 @@ class _Run:
             self.counts = [config.shot] * len(self.counts)
         channels, height, width = self.real.shape[1:]
         self.shape = (channels, height, width)
-        self.limits = _limits(bounds, self.real)
+        self.limits = check_bounds(bounds, self.shape, self.real)
         classes = torch.arange(len(self.counts), device=self.real.device)
         self.labels = classes.repeat_interleave(per_class)
         self.x = self._start(per_class).requires_grad_()
@@ -507,31 +514,3 @@ def _repeat(numbers: Draw, count: int) -> Draw:
         if isinstance(value, Tensor)
     }
     return numbers._replace(**repeated)
-
-
-def _limits(
-    bounds: tuple[Tensor, Tensor] | tuple[float, float] | None, images: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """Return bounds as tensors that broadcast over [n, C, H, W]."""
-    if bounds is None:
-        return None
-    low, high = (torch.as_tensor(bound).to(images).reshape(-1, 1, 1) for bound in bounds)
-    for bound in (low, high):
-        check_finite("bounds", bound)
-        if len(bound) not in (1, images.shape[1]):
-            raise ValueError(
-                f"bounds: expected (low, high) as numbers or one per channel [{images.shape[1]}], "
-                f"got {len(bound)} of them; Dataset.bounds has the right form"
-            )
-    if bool((low >= high).any()):
-        raise ValueError("bounds: expected low < high in every channel; swap them")
-    return low, high
-
-
-def _check_count(name: str, value: int | Sequence[int]) -> None:
-    """Raise unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int):
-        raise TypeError(
-            f"{name}: expected a whole number, got {type(value).__name__} {value!r}; pass an int"
-        )
-    check_number(name, value, at_least=1)

@@ -25,9 +25,10 @@ from matplotlib.textpath import TextPath
 from dsvlib.files import atomic_path
 
 # Distinct under the common colour-vision deficiencies; each has a contrast of at least 3 on white.
-COLORS = ("#0072b2", "#d55e00", "#00876c", "#a2559c", "#a87700", "#5b5b5b")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+COLORS = ("#0072b2", "#d55e00", "#00876c", "#a2559c", "#a87700", "#5b5b5b", "#2b2d84", "#c7447c")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
+HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")
 INK, FAINT, WRONG = "#262626", "#c8c8c8", COLORS[1]
 DPI = 160
 
@@ -172,20 +173,22 @@ def image_grid(
     texts = [text if ok else f"✗ {text}" for text, ok in zip(captions or (), good, strict=False)]
     texts, text_size = _fit(texts, tile, 8)
     heads, head_size = _fit(column_labels or (), tile, 10)
-    lines = 1 + max((text.count("\n") for text in texts), default=0)
-    across, down = 1.08, tall + (0.11 + 0.14 * lines / tile if texts else 0.08)
-    fig = Figure(figsize=(tile * across * columns, tile * down * rows), dpi=DPI)
+    lines = [len(text.splitlines()) for text in texts] or [0] * n
+    gaps = [max(lines[row * columns : (row + 1) * columns]) for row in range(rows)]
+    across, steps = 1.08, [tall + 0.08 + (0.03 + 0.14 * gap / tile) * (gap > 0) for gap in gaps]
+    tops = [sum(steps[:row]) for row in range(rows)]
+    fig = Figure(figsize=(tile * across * columns, tile * sum(steps)), dpi=DPI)
     axes = fig.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, across * columns), ylim=(down * rows, 0))
+    axes.set(xlim=(0, across * columns), ylim=(sum(steps), 0))
     axes.axis("off")
     for i, picture in enumerate(pixels):
-        x, y = i % columns * across + 0.04, i // columns * down + 0.04
+        x, y = i % columns * across + 0.04, tops[i // columns] + 0.04
         _draw_image(axes, picture, (x, x + 1, y + tall, y), good[i])
         if texts:
             color = INK if good[i] else WRONG
             _say(axes, x + 0.5, y + tall + 0.05, texts[i], va="top", size=text_size, color=color)
     for row, text in enumerate(row_labels or ()):
-        _say(axes, -0.06, row * down + 0.04 + tall / 2, text, ha="right", size=10)
+        _say(axes, -0.06, tops[row] + 0.04 + tall / 2, text, ha="right", size=10)
     for column, text in enumerate(heads):
         _say(axes, column * across + 0.54, -0.05, text, va="bottom", size=head_size)
     if title:
@@ -311,6 +314,7 @@ def bar_with_error(
     error: str | None = None,
     reference: Mapping[str, float] | None = None,
     number: str = "{:.3g}",
+    limits: tuple[float, float] | None = None,
     title: str | None = None,
     x_label: str | None = None,
     y_label: str | None = None,
@@ -318,7 +322,8 @@ def bar_with_error(
 ) -> Figure:
     """Draw one bar of `y` per `x` and `hue` with its standard deviation and its number.
 
-    Deviation and references as in `curve`; the categories keep the order of the frame.
+    Deviation and references as in `curve`; the categories keep the order of the frame. `limits`
+    are those of the y axis.
     """
     _check_columns(frame, x, y, hue, error)
     fig, axes = _axes(size)
@@ -328,7 +333,7 @@ def bar_with_error(
         points = _summary(part, x, y, error).set_index(x).reindex(order)
         at = np.arange(len(order)) + (i - (len(groups) - 1) / 2) * width
         mean, spread = points["mean"].to_numpy(float), points["spread"].to_numpy(float)
-        hatch = ("", "//", "..", "\\\\", "xx", "--")[i % 6] if len(groups) > 1 else ""
+        hatch = HATCHES[i % len(HATCHES)] if len(groups) > 1 else ""
         axes.bar(at, mean, width * 0.92, color=COLORS[i % len(COLORS)], label=name, hatch=hatch,
                  edgecolor="white", linewidth=0)  # fmt: skip
         whiskers = spread > 0
@@ -342,6 +347,8 @@ def bar_with_error(
     axes.set_xticks(range(len(order)), [str(category) for category in order])
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
+    if limits:
+        axes.set_ylim(*limits)
     _finish(axes, reference, title, x_label or "", y_label or y, legend=hue)
     return fig
 

@@ -39,9 +39,9 @@ from dsvlib.solution import Solution, Status
 from dsvlib.training import learning_rate_factor
 from dsvlib.validation import (
     as_labels,
+    check_bounds,
     check_choice,
     check_count,
-    check_finite,
     check_inputs,
     check_number,
 )
@@ -198,7 +198,9 @@ def synthesize(
     size = tuple(int(side) for side in shape)
     x = _start(init, len(labels), size, generator).to(theta)
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
-    run = _Run(conditions, config, labels, size, _limits(bounds, size, theta), generator, on_step)
+    run = _Run(
+        conditions, config, labels, size, check_bounds(bounds, size, theta), generator, on_step
+    )
     with evaluation_mode(model), torch.enable_grad():
         status = run.optimise(x, multipliers)
         if config.distance == "cosine" and config.stationarity_weight:
@@ -225,26 +227,6 @@ def _start(
             f"{list(init.shape)}; resize or repeat the starting images"
         )
     return init.detach().clone()
-
-
-def _limits(
-    bounds: tuple[Tensor, Tensor] | tuple[float, float] | None, shape: tuple[int, ...], like: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """Return bounds as tensors that broadcast over [n, *shape]."""
-    if bounds is None:
-        return None
-    low, high = (torch.as_tensor(b).to(like) for b in bounds)
-    for name, bound in (("low", low), ("high", high)):
-        check_finite(f"bounds {name}", bound)
-        if bound.ndim > 1 or bound.numel() not in (1, shape[0]):
-            raise ValueError(
-                f"bounds: expected (low, high) as numbers or one per channel [{shape[0]}], got "
-                f"{name} of shape {list(bound.shape)}; Dataset.bounds has the right form"
-            )
-    low, high = (b.reshape(-1, *(1,) * (len(shape) - 1)) for b in (low, high))
-    if bool((low >= high).any()):
-        raise ValueError("bounds: expected low < high in every channel; swap them")
-    return low, high
 
 
 class _Run:

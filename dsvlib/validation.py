@@ -141,6 +141,29 @@ def check_count(name: str, value: int, *, at_least: int = 1) -> None:
     check_number(name, value, at_least=at_least)
 
 
+def check_bounds(
+    bounds: tuple[Tensor, Tensor] | tuple[float, float] | None, shape: tuple[int, ...], like: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Return (low, high) as tensors that broadcast over [n, *shape], with `like`'s device, dtype.
+
+    Raises ValueError for other forms than numbers or one per channel, or low ≥ high.
+    """
+    if bounds is None:
+        return None
+    low, high = (torch.as_tensor(b).to(like) for b in bounds)
+    for name, bound in (("low", low), ("high", high)):
+        check_finite(f"bounds {name}", bound)
+        if bound.ndim > 1 or bound.numel() not in (1, shape[0]):
+            raise ValueError(
+                f"bounds: expected (low, high) as numbers or one per channel [{shape[0]}], got "
+                f"{name} of shape {list(bound.shape)}; Dataset.bounds has the right form"
+            )
+    low, high = (b.reshape(-1, *(1,) * (len(shape) - 1)) for b in (low, high))
+    if bool((low >= high).any()):
+        raise ValueError("bounds: expected low < high in every channel; swap them")
+    return low, high
+
+
 def select_params(model: nn.Module, params: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return the parameters θ that conditions are taken over, checked against the model.
 

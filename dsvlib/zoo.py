@@ -75,6 +75,22 @@ RECIPES = {
         ),
         seed=1000,
     ),
+    "cifar10-jpeg-convnet": Recipe(
+        purpose="32×32 photographs: norm-free, with a decay that has taken hold when training ends",
+        dataset="cifar10-jpeg",
+        architecture="convnet",
+        options={"norm": "none"},
+        # 1 / (rate × decay) is 5,600 steps or 14 epochs: at a lower decay the weights would still
+        # be far from the balance of gradient and decay that the stationarity condition describes
+        training=TrainConfig(
+            epochs=22,
+            learning_rate=0.06,
+            weight_decay=3e-3,
+            schedule="one-cycle",
+            augmentation=AugmentationConfig(flip=0.5),
+            precision="bfloat16",
+        ),
+    ),
 }
 
 
