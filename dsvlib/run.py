@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from dsvlib.samples import SupportSet
+
 SCHEMA = 1
 RECORD = "record.json"
 BADGES = {
     "smoke": "smoke run · not a result",
     "quick": "digits · quick",
-    "cifar10": "CIFAR-10 · reduced",
+    "cifar10": "CIFAR-10 (JPEG copy) · reduced",
     "paper": "paper scale",
 }
 # These choose and start notebooks or read what they leave; the parameters that they hand over are
@@ -287,6 +289,21 @@ class Run:
             self._write_sidecar("table", name, written, caption=caption)
         return frame
 
+    def save_samples(
+        self, samples: SupportSet, name: str, *, caption: str | None = None
+    ) -> SupportSet:
+        """Stage a set as ``<name>.safetensors`` with a sidecar; return it.
+
+        `SupportSet.load` reads it anywhere. Nothing that shows real images of a data set which
+        must not be passed on belongs here.
+        """
+        self._check_open(name)
+        path = self.staging / f"{name}.safetensors"
+        with explain("write", self.directory / name):
+            samples.save(path)
+            self._write_sidecar("samples", name, [path], caption=caption)
+        return samples
+
     def record(
         self,
         claim: str,
@@ -346,9 +363,12 @@ class Run:
             _publish(self.staging, self.directory, staged + sidecars)
         self.finished = True
         figures = sum(path.suffix == ".png" for path in staged)
+        sets = sum(path.suffix == ".safetensors" for path in staged)
+        counts = [f"{figures} figures", f"{len(sidecars) - figures - sets} tables"]
+        counts += [f"{sets} sets of samples"] if sets else []
         print(
-            f"{self.notebook}: {figures} figures, {len(sidecars) - figures} tables and "
-            f"{len(self.values)} values published to figures/{self.preset}/{self.notebook}"
+            f"{self.notebook}: {', '.join(counts)} and {len(self.values)} values published to "
+            f"figures/{self.preset}/{self.notebook}"
         )
 
     def _check_open(self, name: str) -> None:

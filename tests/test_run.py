@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from dsvlib import run as run_module
 from dsvlib.files import PACKAGE
 from dsvlib.run import DsvError, RecordError, Run, code_digest, read_record
+from dsvlib.samples import SupportSet
 
 ALT = "A straight line that rises from zero to one"
 
@@ -145,6 +147,19 @@ def test_publish_killed_half_way_is_never_taken_for_whole(
         publish(slope=2.0)
     with pytest.raises(RecordError, match=r"record\.json is missing"):
         read_record(folder)
+
+
+def test_published_samples_can_be_loaded_and_their_file_is_watched() -> None:
+    run = start()
+    samples = SupportSet(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]), torch.ones(2))
+    assert run.save_samples(samples, "pair", caption="two of them") is samples
+    run.complete()
+    path = run.directory / "pair.safetensors"
+    torch.testing.assert_close(SupportSet.load(path).inputs, samples.inputs, rtol=0, atol=0)
+    assert json.loads((run.directory / "pair.json").read_text())["kind"] == "samples"
+    path.write_bytes(b"?")
+    with pytest.raises(RecordError, match=r"pair\.safetensors was changed"):
+        read_record(run.directory)
 
 
 def test_full_disk_leaves_the_earlier_figures_whole(monkeypatch: pytest.MonkeyPatch) -> None:
