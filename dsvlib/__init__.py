@@ -41,6 +41,7 @@ _HOMES = {
         "select",
     ),
     "solution": ("Certificate", "Solution", "Status"),
+    "spectrum": ("band_pass", "radial_spectrum"),
     "synthesis": ("SynthesisConfig", "synthesize"),
     "trail": ("multiplier_trail", "per_sample_gradients"),
     "training": ("TrainConfig", "accuracy", "train"),

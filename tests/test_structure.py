@@ -26,7 +26,7 @@ FLOORS = (
     ("datasets", "models"),
     ("conditions", "priors", "augmentation", "checkpoints"),
     ("solution", "training", "sample_gradients"),
-    ("analysis", "plane"),
+    ("analysis", "plane", "spectrum"),
     ("synthesis", "multipliers", "selection", "distillation"),
     ("evaluation", "judging", "trail"),
     ("zoo", "figures"),
