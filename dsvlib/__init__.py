@@ -14,6 +14,7 @@ _HOMES = {
     "analysis": ("entropy", "lambda_accuracy", "margin", "pearson"),
     "augmentation": ("DSA", "AugmentationConfig", "augment"),
     "checkpoints": ("load_classifier", "save_classifier"),
+    "comparison": ("Difference", "difference", "holm"),
     "conditions": ("Residuals", "deepkkt_loss", "residuals", "weighted_gradient"),
     "datasets": ("Dataset", "Split", "load_dataset"),
     "distillation": (

@@ -21,7 +21,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # Data flow downwards: a module imports from floors above its own, and never from its neighbours.
 FLOORS = (
-    ("files", "validation", "progress"),
+    ("files", "validation", "progress", "comparison"),
     ("samples", "distance", "second_order", "nonnegative"),
     ("datasets", "models"),
     ("conditions", "priors", "augmentation", "checkpoints"),

@@ -1,0 +1,52 @@
+"""Is one mean above another? Student's intervals for a difference, and p-values of many.
+
+Paired, with dⱼ = aⱼ − bⱼ over n seeds:      d̄ ± t_{0.975, n−1}·s_d/√n
+Independent, variances unequal (Welch):      ā − b̄ ± t_{0.975, ν}·√(s_a²/n + s_b²/m)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+
+class Difference(NamedTuple):
+    """A difference of means with its 95 % interval and the two-sided p-value of no difference."""
+
+    gain: float
+    low: float
+    high: float
+    p: float
+
+
+def difference(first: ArrayLike, second: ArrayLike, *, paired: bool = False) -> Difference:
+    """Compare the means of `first` [n] and `second` [m], seed by seed where `paired` (m = n).
+
+    Where nothing varies, the interval is a point and p is 1 for equal means, else 0. Raises
+    ValueError for fewer than two values, or unequal lengths of pairs.
+    """
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if min(len(a), len(b)) < 2 or (paired and len(a) != len(b)):
+        raise ValueError(
+            f"expected at least two values each{' and pairs' if paired else ''}, got {len(a)} and "
+            f"{len(b)}; run more seeds"
+        )
+    gain = float(a.mean() - b.mean())
+    spread = (a - b).std() if paired else max(a.std(), b.std())
+    if not spread > 1e-12 * max(1.0, abs(gain)):
+        return Difference(gain, gain, gain, float(gain == 0))
+    test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return Difference(gain, float(low), float(high), float(test.pvalue))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values corrected for their number (Holm 1979), in the order given."""
+    p = np.asarray(p_values, dtype=float)
+    order = p.argsort(kind="stable")
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return corrected
