@@ -128,7 +128,14 @@ def test_train_prints_one_line_per_classifier(
     assert run("train", "--all") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(zoo.RECIPES)
-    assert asked == [("digits-judge", str(tmp_path)), *((name, None) for name in zoo.RECIPES)]
+    bundled = [name for name, recipe in zoo.RECIPES.items() if recipe.dataset == "digits"]
+    assert asked == [("digits-judge", str(tmp_path)), *((name, None) for name in bundled)]
+    others = [line for line in lines if line.split()[0] not in bundled]
+    assert others
+    assert all("left as it is" in line and "--root" in line for line in others)
+    asked.clear()
+    assert run("train", "--all", "--root", str(tmp_path)) == 0
+    assert asked == [(name, str(tmp_path)) for name in zoo.RECIPES]
 
 
 @pytest.fixture
