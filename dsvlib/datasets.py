@@ -127,8 +127,8 @@ def load_dataset(
         ``"digits"`` (comes with scikit-learn, works offline; 8×8 up-sampled to 16×16; a fixed
         stratified split into 1,347 training and 450 test images), ``"cifar10"``, ``"cifar100"``,
         ``"svhn"``, ``"mnist"``, ``"fashion_mnist"`` (torchvision's copies, downloaded on demand
-        and checked), ``"cifar10-jpeg"`` (folders of JPEG files below `root`), or ``"folder:PATH"``
-        with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``.
+        and checked), ``"cifar10-jpeg"`` and ``"imagenette-64"`` (folders of image files below
+        `root`), or ``"folder:PATH"`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``.
     root
         Where downloads live (default: ``data/downloads`` in the repository).
     image_size
@@ -272,9 +272,14 @@ def _read_folder(folder: Path) -> _Pixels:
     return _Pixels(parts[0], parts[1], tuple(names))
 
 
-def _read_cifar10_jpeg(folder: Path) -> _Pixels:
-    below = folder / "cifar10-jpeg"
-    return _read_folder(below if below.is_dir() else folder)
+def _read_below(name: str) -> Callable[[Path], _Pixels]:
+    """Return a reader for the folders of images in ``root/<name>``, or in `root` itself."""
+
+    def read(folder: Path) -> _Pixels:
+        below = folder / name
+        return _read_folder(below if below.is_dir() else folder)
+
+    return read
 
 
 _BY_FLAG: tuple[dict[str, object], dict[str, object]] = ({"train": True}, {"train": False})
@@ -285,5 +290,6 @@ _READERS: dict[str, Callable[[Path], _Pixels]] = {
     "svhn": _read_torchvision("SVHN", {"split": "train"}, {"split": "test"}, classes=DIGITS),
     "mnist": _read_torchvision("MNIST", *_BY_FLAG, classes=DIGITS),
     "fashion_mnist": _read_torchvision("FashionMNIST", *_BY_FLAG),
-    "cifar10-jpeg": _read_cifar10_jpeg,
+    "cifar10-jpeg": _read_below("cifar10-jpeg"),
+    "imagenette-64": _read_below("imagenette-64"),
 }

@@ -91,6 +91,49 @@ RECIPES = {
             precision="bfloat16",
         ),
     ),
+    "cifar10-jpeg-judge": Recipe(
+        purpose="judge of 32×32 photographs: deeper, with batch norm and max pooling, other weights",
+        dataset="cifar10-jpeg",
+        architecture="convnet",
+        options={"width": 64, "depth": 4, "norm": "batch", "pooling": "max"},
+        training=TrainConfig(
+            epochs=14,
+            learning_rate=0.1,
+            weight_decay=5e-4,
+            schedule="one-cycle",
+            augmentation=AugmentationConfig(flip=0.5, translate=0.125),
+        ),
+        seed=1000,
+    ),
+    "imagenette-64-convnet": Recipe(
+        purpose="64×64 photographs: norm-free, as `cifar10-jpeg-convnet` one block deeper",
+        dataset="imagenette-64",
+        architecture="convnet",
+        options={"width": 64, "depth": 4, "norm": "none"},
+        training=TrainConfig(
+            epochs=16,
+            batch_size=32,  # 9,469 images: small batches give the steps that learning takes
+            learning_rate=0.04,
+            weight_decay=2e-3,
+            schedule="one-cycle",
+            augmentation=AugmentationConfig(flip=0.5),
+        ),
+    ),
+    "imagenette-64-judge": Recipe(
+        purpose="judge of 64×64 photographs: batch norm and max pooling, other weights",
+        dataset="imagenette-64",
+        architecture="convnet",
+        options={"width": 40, "depth": 5, "norm": "batch", "pooling": "max"},
+        training=TrainConfig(
+            epochs=16,
+            batch_size=64,
+            learning_rate=0.08,
+            weight_decay=5e-4,
+            schedule="one-cycle",
+            augmentation=AugmentationConfig(flip=0.5, translate=0.125),
+        ),
+        seed=1000,
+    ),
 }
 
 
