@@ -92,7 +92,9 @@ RECIPES = {
         ),
     ),
     "cifar10-jpeg-judge": Recipe(
-        purpose="judge of 32×32 photographs: deeper, with batch norm and max pooling, other weights",
+        purpose=(
+            "judge of 32×32 photographs: deeper, with batch norm and max pooling, other weights"
+        ),
         dataset="cifar10-jpeg",
         architecture="convnet",
         options={"width": 64, "depth": 4, "norm": "batch", "pooling": "max"},

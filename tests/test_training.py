@@ -330,3 +330,13 @@ def test_bad_settings_are_refused(setting, message):
 def test_counts_are_whole_numbers(name, value):
     with pytest.raises(TypeError, match=name):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_is_used_only_where_the_processor_computes_in_it(supported, monkeypatch):
+    monkeypatch.setattr("dsvlib.training.computes_bfloat16", lambda _: supported)
+    half, full = linear(), linear()
+    train(half, problem(), config=TrainConfig(epochs=5, batch_size=16, precision="bfloat16"))
+    train(full, problem(), config=QUICK)
+    assert torch.equal(vector(half), vector(full)) is not supported
+    torch.testing.assert_close(vector(half), vector(full), atol=0.1, rtol=0.1)
