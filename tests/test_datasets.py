@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from dsvlib import load_dataset
-from dsvlib.datasets import Split
+from dsvlib.datasets import CIFAR10_CLASSES, STATISTICS, Split
 
 
 def test_digits_have_their_documented_sizes(digits):
@@ -228,3 +230,52 @@ def test_jpeg_folders_take_cifar10s_statistics(folder):
     data = load_dataset("cifar10-jpeg", root=target.parent)
     assert data.mean == (0.4914, 0.4822, 0.4465)
     assert (data.name, data.classes) == ("cifar10-jpeg", ("cat", "dog"))
+
+
+@pytest.fixture
+def stand_in_cifar10(monkeypatch, tmp_path):
+    """A tiny archive in CIFAR-10's own format, with torchvision's checksums set to its own."""
+    from torchvision.datasets import CIFAR10
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    sums = {}
+
+    def write(name: str, content: dict) -> None:
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    names = ["airplane", "automobile", "bird", "cat", "deer"]
+    names += ["dog", "frog", "horse", "ship", "truck"]
+    pixels = {}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        pixels[name] = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        write(name, {"data": pixels[name], "labels": [i % 10 for i in range(20)]})
+    write("batches.meta", {"label_names": names})
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in list(pixels)[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
+    return tmp_path, pixels
+
+
+def test_cifar10_itself_is_read_through_torchvision(stand_in_cifar10):
+    root, pixels = stand_in_cifar10
+    data = load_dataset("cifar10", root=root)
+    assert (len(data.train), len(data.test), data.shape) == (100, 20, (3, 32, 32))
+    assert data.classes == CIFAR10_CLASSES
+    assert data.mean == STATISTICS["cifar10"][0]
+    first = torch.from_numpy(pixels["data_batch_1"][0].reshape(3, 32, 32)).float() / 255
+    assert_close(data.denormalize(data.train.inputs[:1])[0], first)
+    assert data.test.labels.tolist() == [i % 10 for i in range(20)]
+
+
+def test_a_damaged_cifar10_archive_is_not_read(stand_in_cifar10, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    root, _ = stand_in_cifar10
+    (root / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"half a download")
+    monkeypatch.setattr(CIFAR10, "url", "file:///nowhere/cifar.tar.gz")
+    with pytest.raises(RuntimeError, match=r"CIFAR10: expected the data set in .* go online once"):
+        load_dataset("cifar10", root=root)
