@@ -45,7 +45,7 @@ def check_not_severed(value: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "DelayedError":
+        if node.name() in ("torch::autograd::Error", "DelayedError"):
             raise RuntimeError("a function marked with once_differentiable is differentiated twice")
         todo += [following for following, _ in node.next_functions]
 
