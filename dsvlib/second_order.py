@@ -10,7 +10,8 @@ recorded with formulations whose second derivative costs little more than a firs
 - group and instance normalisation: closed forms whose every term is linear in (v, dy, x), with
   coefficients that need only one sum per channel and sample (``_GroupNormBackward``);
 - ReLU: no zeros computed and added for the derivative of its step;
-- attention: the math kernel, because the fused ones have no second derivative at all.
+- attention: the math kernel, because the fused ones have no second derivative at all (torch says
+  "derivative for aten::_scaled_dot_product_flash_attention_for_cpu_backward is not implemented").
 
 Layer norm, pooling and the rest stay native: their second derivatives are already one kernel each.
 Values and first derivatives are those of the native operations; the forward pass is the native
@@ -287,6 +288,23 @@ class _Relu(torch.autograd.Function):
         return cast(Tensor, _aten.threshold_backward(grad, out.detach(), 0))
 
 
+# Attention ---------------------------------------------------------------------------------------
+
+
+def _by_math_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with attention as matrix products and a softmax, [n, heads, t, t] in full.
+
+    The context does this for every call already. Chosen once more at the call itself, it also holds
+    inside a model whose forward pass asks for another kernel with an ``sdpa_kernel`` of its own.
+    """
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return function(*args, **kwargs)
+
+    return attend
+
+
 # Normalisation -----------------------------------------------------------------------------------
 
 
@@ -438,4 +456,6 @@ _REWRITTEN: dict[Any, Callable[..., Any]] = {
     torch.relu: _relu,
     F.group_norm: _group_norm,
     F.instance_norm: _instance_norm,
+    F.scaled_dot_product_attention: _by_math_kernel(F.scaled_dot_product_attention),
+    F.multi_head_attention_forward: _by_math_kernel(F.multi_head_attention_forward),
 }
