@@ -33,6 +33,7 @@ FLOORS = (
     ("run",),
     ("presets", "wall"),
     ("reproduce",),
+    ("editions",),
     ("notebook_files",),
     ("cli",),
 )
