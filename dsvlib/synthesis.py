@@ -12,6 +12,7 @@ Shapes: X [n, C, H, W], Λ [n], labels int64 [n] or float [n, K].
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,9 +32,11 @@ from dsvlib.conditions import (
     primal_loss,
     residuals,
 )
+from dsvlib.derivatives import check_not_severed, explain_failure
 from dsvlib.distance import DISTANCES, Distance, best_scale
 from dsvlib.priors import image_variation, squared_norm
 from dsvlib.progress import progress_bar
+from dsvlib.run_state import Checkpoint, State
 from dsvlib.samples import SupportSet
 from dsvlib.solution import Solution, Status
 from dsvlib.training import learning_rate_factor
@@ -61,7 +64,10 @@ class SynthesisConfig:
     multiplier_learning_rate, initial_multiplier
         Adam's rate and the start for Λ; rate 0 keeps λ fixed.
     negative_multiplier
-        ``"clamp"`` λ to 0, or ``"remove"`` the sample as the paper does.
+        ``"clamp"`` λ to `minimum_multiplier`, or ``"remove"`` the sample as the paper does.
+    minimum_multiplier
+        Floor under λ while clamping. At 0 a sample may drop out for good: where λ = 0 the
+        stationarity term no longer moves it. The scale set at the end is applied after the floor.
     distance
         D: ``"cosine"`` (blind to the scale of Λ, which is set at the end to the best one),
         ``"l1"`` or ``"l2"``.
@@ -78,6 +84,10 @@ class SynthesisConfig:
         Resolutions to optimise at, one after the other, as fractions of the full image side, e.g.
         ``(0.25, 0.5, 1.0)``; the steps are shared equally. X is up-sampled to the model's size
         before it is read. Empty: full size only.
+    growing_jitter
+        Shift by `augmentation.translate` at the largest of the resolutions only, and at smaller
+        ones by as much less: as many pixels of X's own at every stage, so that a coarse start is
+        not shaken apart.
     tolerance
         Stop when the loss changed by less than this fraction between two logged steps; 0 never.
     log_every
@@ -91,6 +101,7 @@ class SynthesisConfig:
     multiplier_learning_rate: float = 0.02
     initial_multiplier: float = 1.0
     negative_multiplier: Literal["clamp", "remove"] = "clamp"
+    minimum_multiplier: float = 0.0
     distance: Distance = "cosine"
     reduction: Literal["sum", "mean"] = "sum"
     stationarity_weight: float = 1.0
@@ -103,6 +114,7 @@ class SynthesisConfig:
         default_factory=lambda: AugmentationConfig(translate=0.0625, noise=0.5, fill=BLACK)
     )
     resolutions: tuple[float, ...] = (0.5,)
+    growing_jitter: bool = False
     tolerance: float = 0.0
     log_every: int = 20
 
@@ -127,10 +139,20 @@ class SynthesisConfig:
             check_number(name, getattr(self, name), above=0)
         for name in ("steps", "log_every"):
             check_count(name, getattr(self, name))
-        for name in ("multiplier_learning_rate", "tolerance"):
+        for name in ("multiplier_learning_rate", "minimum_multiplier", "tolerance"):
             check_number(name, getattr(self, name), at_least=0)
         for part in ("stationarity", "primal", "augmented", "tv", "norm"):
             check_number(f"{part}_weight", getattr(self, f"{part}_weight"), at_least=0)
+        if self.minimum_multiplier and self.negative_multiplier == "remove":
+            raise ValueError(
+                f"minimum_multiplier: expected 0 where negative multipliers are removed, got "
+                f"{self.minimum_multiplier!r}; set negative_multiplier='clamp'"
+            )
+        if self.minimum_multiplier > self.initial_multiplier:
+            raise ValueError(
+                f"minimum_multiplier: expected at most initial_multiplier="
+                f"{self.initial_multiplier!r}, got {self.minimum_multiplier!r}; lower it"
+            )
         if not all(0 < fraction <= 1 for fraction in self.resolutions):
             raise ValueError(
                 f"resolutions: expected fractions of the image side above 0 and up to 1, got "
@@ -164,6 +186,8 @@ def synthesize(
     params: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[Step], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
 ) -> Solution:
     """Make one deep support vector per label from noise, or from `init` (DSV Algorithm 1).
 
@@ -186,33 +210,53 @@ def synthesize(
         CPU generator for the start and the augmentation; default: a fresh one with seed 0.
     on_step
         Called after every step with a `Step`; an exception from it stops the run.
+    checkpoint
+        File that keeps the state of the run, written whole every `checkpoint_every` steps and
+        removed at the end. Where it is there, the same call goes on from it, to the same result
+        to the last bit (on the same machine); `on_step` sees only the steps still to do.
 
-    Raises ValueError or TypeError for labels, shapes, starts or bounds that do not fit. A run that
+    Raises ValueError or TypeError for labels, shapes, starts or bounds that do not fit, for a model
+    without second derivatives (naming the layer), and for a checkpoint of another run. A run that
     becomes non-finite ends with status `NON_FINITE` and the last finite samples.
     """
     config = config or SynthesisConfig()
+    check_count("checkpoint_every", checkpoint_every)
     generator = generator or torch.Generator().manual_seed(0)
+    started = generator.get_state()
     conditions = Conditions(model, params=params)
     theta = conditions.flat_theta
     labels = as_labels(labels).to(theta.device)
     size = tuple(int(side) for side in shape)
     x = _start(init, len(labels), size, generator).to(theta)
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
-    run = _Run(
-        conditions, config, labels, size, check_bounds(bounds, size, theta), generator, on_step
-    )
+    limits = check_bounds(bounds, size, theta)
+    run = _Run(conditions, config, labels, size, limits, generator, on_step)
+    keeper = None
+    if checkpoint is not None:
+        keeper = Checkpoint(
+            checkpoint,
+            every=checkpoint_every,
+            model={**model.state_dict(), **{f"θ {k}": v for k, v in conditions.theta.items()}},
+            config=config,
+            labels=labels,
+            bounds=limits,
+            start=(x, started),
+        )
     with evaluation_mode(model), torch.enable_grad():
-        status = run.optimise(x, multipliers)
+        status = run.optimise(x, multipliers, keeper)
         if config.distance == "cosine" and config.stationarity_weight:
             run.rescale()
     samples = SupportSet(run.at_full_size(run.x), run.labels, run.multipliers.detach())
-    return Solution(
+    solution = Solution(
         samples=samples,
         status=status,
         history=pd.DataFrame(run.rows),
         residuals=residuals(model, samples, params=params),
         config=config,
     )
+    if keeper is not None:
+        keeper.remove()
+    return solution
 
 
 def _start(
@@ -255,15 +299,20 @@ class _Run:
                 config, resolutions=(), tv_weight=0.0, norm_weight=0.0
             )
         self.rows: list[dict[str, float]] = []
+        self.checked = False  # whether the model was seen to have second derivatives
         self.x = self.multipliers = torch.empty(0)
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def optimise(self, x: Tensor, multipliers: Tensor) -> Status:
+    def optimise(self, x: Tensor, multipliers: Tensor, keeper: Checkpoint | None) -> Status:
         """Run all stages; X and Λ are read from `self` afterwards."""
         self.x, self.multipliers = self._clamped(x), multipliers
-        optimizer = self._optimizer()
         plan = list(self._plan())
-        for number, (size, factor) in enumerate(progress_bar(plan, "synthesis"), start=1):
+        saved = keeper.read() if keeper else None
+        done = 0 if saved is None else saved.step
+        optimizer = self._optimizer() if saved is None else self._resume(saved)
+        for number, (size, factor) in enumerate(
+            progress_bar(plan[done:], "synthesis"), start=done + 1
+        ):
             if size is not None:
                 x = F.interpolate(self.x.detach(), size, mode="bilinear", antialias=True)
                 self.x, self.multipliers = self._clamped(x), self.multipliers.detach()
@@ -271,7 +320,37 @@ class _Run:
             status = self._step(optimizer, number, factor)
             if status is not None:
                 return status
+            if keeper is not None and number % keeper.every == 0:
+                keeper.write(self._state(optimizer, number))
         return Status.ALL_STEPS
+
+    def _state(self, optimizer: torch.optim.Adam, number: int) -> State:
+        """Return everything that the rest of the run depends on."""
+        tensors = {"x": self.x, "multipliers": self.multipliers, "labels": self.labels}
+        tensors["generator"] = self.generator.get_state()
+        if self.last is not None:
+            names = ("last x", "last multipliers", "last labels")
+            tensors |= dict(zip(names, self.last, strict=True))
+        for group, value in (("x", self.x), ("multipliers", self.multipliers)):
+            tensors |= {f"adam {group} {k}": v for k, v in optimizer.state[value].items()}
+        return State(number, tensors, self.rows)
+
+    def _resume(self, saved: State) -> torch.optim.Adam:
+        """Put back what `_state` returned, the generator's state too; return the optimiser."""
+
+        def put(name: str) -> Tensor:
+            return saved.tensors[name].to(self.labels.device)
+
+        self.x, self.multipliers = put("x"), put("multipliers")
+        self.last = (put("last x"), put("last multipliers"), put("last labels"))
+        self.labels = put("labels")
+        self.rows = saved.rows
+        self.generator.set_state(saved.tensors["generator"])
+        optimizer = self._optimizer()
+        for group, value in (("x", self.x), ("multipliers", self.multipliers)):
+            moments = {k: put(f"adam {group} {k}") for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[value] = {"step": saved.tensors[f"adam {group} step"]} | moments
+        return optimizer
 
     def _plan(self) -> Iterator[tuple[list[int] | None, float]]:
         """Yield for each step the size (H, W) to change to, if any, and the rate's factor."""
@@ -285,6 +364,15 @@ class _Run:
             for local in range(steps):
                 factor = learning_rate_factor(self.config.schedule, local / steps)
                 yield size if local == 0 else None, factor
+
+    def _augmentation(self) -> AugmentationConfig:
+        """Return A for the size that X has now: shifts grow with it where they are told to."""
+        augmentation = self.config.augmentation
+        if not (self.config.growing_jitter and self.config.resolutions):
+            return augmentation
+        largest = max(self.config.resolutions) * self.shape[-1]
+        share = min(1.0, self.x.shape[-1] / max(1.0, largest))
+        return dataclasses.replace(augmentation, translate=share * augmentation.translate)
 
     def _optimizer(self) -> torch.optim.Adam:
         """Return Adam on X and Λ, fresh for each resolution; group 0 is X, group 1 is Λ."""
@@ -300,7 +388,7 @@ class _Run:
     def _step(self, optimizer: torch.optim.Adam, number: int, factor: float) -> Status | None:
         """Take one step; return a status if the run is over."""
         total, metrics = self._loss()
-        gradients = torch.autograd.grad(total, [self.x, self.multipliers], materialize_grads=True)
+        gradients = self._slopes(total)
         value = float(total.detach())
         finite = torch.stack([torch.isfinite(g).all() for g in (total, *gradients)]).all()
         if not finite:
@@ -319,7 +407,7 @@ class _Run:
             if self.limits is not None:
                 self.x.clamp_(*self.limits)
             if self.config.negative_multiplier == "clamp":
-                self.multipliers.clamp_(min=0)
+                self.multipliers.clamp_(min=self.config.minimum_multiplier)
             elif not self._remove_negative(optimizer):
                 self._restore()
                 return Status.NO_CANDIDATES
@@ -327,6 +415,19 @@ class _Run:
             x, multipliers = self.at_full_size(self.x).clone(), self.multipliers.detach().clone()
             self.on_step(Step(number, x, multipliers, value))
         return self._converged() if logged else None
+
+    def _slopes(self, total: Tensor) -> tuple[Tensor, ...]:
+        """Return the derivatives of L_total in X and Λ."""
+        try:
+            if not self.checked:
+                check_not_severed(total)
+                self.checked = True
+            return torch.autograd.grad(total, [self.x, self.multipliers], materialize_grads=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            x = self.at_full_size(self.x)
+            raise ValueError(explain_failure(self.conditions.model, x, error)) from error
 
     def rescale(self) -> None:
         """Give Λ the scale that fits θ best: the cosine distance leaves it open."""
@@ -357,7 +458,7 @@ class _Run:
             }
         if config.augmented_weight and self.is_image:
             numbers = draw(
-                config.augmentation,
+                self._augmentation(),
                 len(x),
                 (self.shape[0], self.shape[1], self.shape[2]),
                 generator=self.generator,

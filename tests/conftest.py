@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dsvlib import SupportSet, load_dataset
 from dsvlib.conditions import Conditions, LossFn, evaluation_mode
@@ -34,6 +35,24 @@ class Gain(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs * self.gain
+
+
+class _OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, inputs: Tensor) -> Tensor:
+        return inputs * 1.0
+
+    @staticmethod
+    @once_differentiable
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 1.0
+
+
+class Once(nn.Module):
+    """The identity, with a first derivative only: what a fused kernel of one's own often has."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return _OnceOnly.apply(inputs)
 
 
 def build(kind: str, *, seed: int = 0) -> nn.Module:

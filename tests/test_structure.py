@@ -23,7 +23,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 FLOORS = (
     ("files", "validation", "progress", "comparison"),
     ("samples", "distance", "second_order", "nonnegative"),
-    ("datasets", "models"),
+    ("datasets", "models", "derivatives", "run_state"),
     ("conditions", "priors", "augmentation", "checkpoints"),
     ("solution", "training", "sample_gradients"),
     ("analysis", "plane", "spectrum"),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, SHAPE, build, delicate
+from conftest import CLASSES, SHAPE, Once, build, delicate
 from torch import Tensor, nn
 
 from dsvlib import (
@@ -19,9 +23,12 @@ from dsvlib import (
     SynthesisConfig,
     deepkkt_loss,
     residuals,
+    synthesis,
     synthesize,
     total_variation,
 )
+from dsvlib.augmentation import draw
+from dsvlib.files import repository_root
 from dsvlib.synthesis import Step
 
 LABELS = [0, 1, 2, 0]
@@ -489,3 +496,186 @@ def test_numbers_must_be_numbers(name):
 def test_steps_are_whole():
     with pytest.raises(TypeError, match=r"steps: expected a whole number, got float 2\.5"):
         SynthesisConfig(steps=2.5)
+
+
+# --- switches of later date ----------------------------------------------------------------------
+
+
+def test_multipliers_keep_their_floor():
+    config = replace(BARE, multiplier_learning_rate=3.0)
+    lowest = []
+    floor = replace(config, minimum_multiplier=0.2)
+    run(config=floor, on_step=lambda step: lowest.append(float(step.multipliers.min())))
+    assert min(lowest) == pytest.approx(0.2)
+    lowest.clear()
+    run(config=config, on_step=lambda step: lowest.append(float(step.multipliers.min())))
+    assert min(lowest) == 0
+
+
+@pytest.mark.parametrize(
+    ("growing", "expected"), [(False, [0.25] * 4), (True, [0.125] * 2 + [0.25] * 2)]
+)
+def test_jitter_grows_with_the_resolution_where_asked(monkeypatch, growing, expected):
+    shifts = []
+
+    def watched(config, *args, **kwargs):
+        shifts.append(config.translate)
+        return draw(config, *args, **kwargs)
+
+    monkeypatch.setattr(synthesis, "draw", watched)
+    config = replace(
+        SHORT,
+        steps=4,
+        resolutions=(0.5, 1.0),
+        growing_jitter=growing,
+        augmentation=AugmentationConfig(translate=0.25, noise=0.1),
+    )
+    run(config=config)
+    assert shifts == expected
+
+
+def test_floor_and_removal_exclude_each_other():
+    with pytest.raises(ValueError, match="expected 0 where negative multipliers are removed"):
+        SynthesisConfig(minimum_multiplier=0.1, negative_multiplier="remove")
+    with pytest.raises(ValueError, match="at most initial_multiplier"):
+        SynthesisConfig(minimum_multiplier=2.0)
+
+
+def test_a_model_without_second_derivative_is_named():
+    model = nn.Sequential(build("conv"), Once())
+    with pytest.raises(ValueError, match=r"got 1 \(Once\), which cannot; replace it"):
+        run(model)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+LONG = replace(SHORT, steps=16, log_every=3, resolutions=(0.5, 1.0), tv_weight=0.1)
+STOPS = {  # name: config, step that fails, steps between checkpoints
+    "before the first checkpoint": (LONG, 2, 3),
+    "at low resolution": (LONG, 5, 2),
+    "at the change of size": (LONG, 9, 4),
+    "near the end": (LONG, 16, 5),
+    "with removal": (
+        replace(LONG, multiplier_learning_rate=0.7, negative_multiplier="remove"),
+        7,
+        3,
+    ),
+}
+
+
+def interrupted(path, config, at, every, **options):
+    """Run until `on_step` raises at step `at`, then again, whole; return the solution and steps."""
+
+    def stop(step: Step) -> None:
+        if step.number == at:
+            raise KeyboardInterrupt
+
+    knobs = {"config": config, "checkpoint": path, "checkpoint_every": every} | options
+    with pytest.raises(KeyboardInterrupt):
+        run(generator=seeded(5), on_step=stop, **knobs)
+    steps: list[int] = []
+    solution = run(generator=seeded(5), on_step=lambda step: steps.append(step.number), **knobs)
+    return solution, steps
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_resumed_run_ends_as_an_unbroken_one(name, tmp_path):
+    config, at, every = STOPS[name]
+    path = tmp_path / "state.safetensors"
+    whole = run(config=config, generator=seeded(5))
+    solution, steps = interrupted(path, config, at, every)
+    assert steps[0] == (at - 1) // every * every + 1  # it did go on, and not from the start
+    assert same(solution.samples, whole.samples)
+    assert solution.history.equals(whole.history)
+    assert solution.status is whole.status
+    assert list(tmp_path.iterdir()) == []  # a finished run needs no checkpoint
+
+
+def test_generator_goes_on_where_it_would_have(tmp_path):
+    path, config = tmp_path / "state", LONG
+    rng = seeded(5)
+    run(config=config, generator=rng)
+
+    def stop(step: Step) -> None:
+        if step.number == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config=config, generator=seeded(5), on_step=stop, checkpoint=path, checkpoint_every=4)
+    again = seeded(5)
+    run(config=config, generator=again, checkpoint=path)
+    assert torch.equal(rng.get_state(), again.get_state())
+
+
+OTHER = {
+    "config": {"config": replace(LONG, tv_weight=0.2)},
+    "model": {"model": build("conv", seed=1)},
+    "labels": {"labels": [0, 1, 2, 1]},
+    "bounds": {"bounds": (-1.0, 1.0)},
+    "start": {"init": torch.zeros(4, *SHAPE)},
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_checkpoint_of_another_run_is_refused(what, tmp_path):
+    path = tmp_path / "state"
+
+    def stop(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        # the first step is written by the time that the second calls
+        run(
+            config=LONG,
+            generator=seeded(5),
+            checkpoint=path,
+            checkpoint_every=1,
+            on_step=lambda step: stop(step) if step.number == 2 else None,
+        )
+    before = path.read_bytes()
+    options = {"config": LONG, "generator": seeded(5)} | OTHER[what]
+    with pytest.raises(ValueError, match=f"got one of another {what}; remove the file") as caught:
+        run(checkpoint=path, **options)
+    assert "expected the checkpoint of this run" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_foreign_file_is_no_checkpoint(tmp_path):
+    path = tmp_path / "state"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        run(checkpoint=path)
+    with pytest.raises(ValueError, match="expected a file, got the folder"):
+        run(checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="checkpoint_every"):
+        run(checkpoint=tmp_path / "other", checkpoint_every=0)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_synthesis import LONG, run, seeded
+
+def die(step):
+    if step.number == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run(config=LONG, generator=seeded(5), checkpoint={path!r}, checkpoint_every=2, on_step=die)
+"""
+
+
+def test_killed_process_is_resumed(tmp_path):
+    path = tmp_path / "state"
+    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
+    ended = subprocess.run([sys.executable, "-c", code], cwd=repository_root(), check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]  # and nothing half-written
+    steps: list[int] = []
+    resumed = run(
+        config=LONG,
+        generator=seeded(5),
+        checkpoint=path,
+        on_step=lambda step: steps.append(step.number),
+    )
+    assert steps[0] == 11
+    assert same(resumed.samples, run(config=LONG, generator=seeded(5)).samples)
