@@ -43,8 +43,9 @@ lint: $(READY) ## check and format the code
 figures: $(READY) ## run all notebooks and make every figure (PRESET=smoke|quick|cifar10|paper)
 	$(BIN)/dsv reproduce --preset $(PRESET) $(ARGS)
 
-notebooks: $(READY) ## put the outputs of the last quick run into the committed notebooks
+notebooks: $(READY) ## put the outputs of the last quick run into the committed notebooks, write student copies
 	$(BIN)/dsv notebooks refresh
+	$(BIN)/dsv notebooks student
 
 checkpoints: $(READY) ## train the shipped classifiers anew
 	$(BIN)/dsv train --all $(ARGS)

@@ -110,6 +110,15 @@ def refresh(preset: Preset = "quick", only: Only = None) -> None:
 
 
 @notebooks.command()
+def student() -> None:
+    """Write the student editions: the committed notebooks without solutions and outputs."""
+    from dsvlib.editions import write_student_copies
+
+    for name in write_student_copies():
+        print(f"student/{name} written")
+
+
+@notebooks.command()
 def check() -> None:
     """Say what is wrong with the committed notebooks; nothing is changed."""
     from dsvlib.notebook_files import check_notebooks

@@ -34,6 +34,7 @@ FLOORS = (
     ("presets", "wall"),
     ("claims",),
     ("reproduce",),
+    ("editions",),
     ("notebook_files",),
     ("cli",),
 )
