@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dsvlib
 from dsvlib.run import RecordError, code_digest, figures_root, read_record
@@ -60,18 +60,52 @@ class Figure:
         return f"{self.folder}/{self.sidecar['name']}.png"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One line of the ledger."""
+class Claim(Protocol):
+    """What a page needs to know of one line of the ledger."""
 
-    id: str
-    statement: str
-    verdict: str
-    scale: str
-    measured: str
-    paper: str
-    notebook: str
-    reason: str
+    @property
+    def id(self) -> str:
+        """The claim's name, such as DSV-F1."""
+
+    @property
+    def where(self) -> str:
+        """The paper and its figure or table."""
+
+    @property
+    def statement(self) -> str:
+        """The claim in our words."""
+
+    @property
+    def verdict(self) -> str:
+        """One of VERDICTS."""
+
+    @property
+    def scale(self) -> str:
+        """The badge of the run."""
+
+    @property
+    def preset(self) -> str:
+        """The preset of the run."""
+
+    @property
+    def measured(self) -> str:
+        """Our numbers."""
+
+    @property
+    def paper(self) -> str:
+        """The paper's number."""
+
+    @property
+    def tolerance(self) -> str:
+        """What counts as reproduced."""
+
+    @property
+    def notebook(self) -> str:
+        """The notebook that tests it."""
+
+    @property
+    def reason(self) -> str:
+        """Why the verdict is what it is."""
 
 
 def read_figures(preset: str) -> dict[str, list[Figure] | RecordError]:
@@ -190,7 +224,7 @@ def verdict_summary(claims: Sequence[Claim]) -> str:
     """Return the claims of each verdict as HTML, for the landing page."""
     parts = ['<div class="verdicts">']
     for verdict in VERDICTS:
-        hits = [claim for claim in claims if claim.verdict == verdict]
+        hits = [claim for claim in claims if _verdict_of(claim) == verdict]
         names = " ".join(
             f'<a href="claims.html#{escape(c.id.lower())}" title="{escape(c.statement)}">'
             f"{escape(c.id)}</a>"
@@ -202,30 +236,40 @@ def verdict_summary(claims: Sequence[Claim]) -> str:
 
 def ledger(claims: Sequence[Claim], titles: Mapping[str, str]) -> str:
     """Return the ledger as HTML: one row per claim, none left out."""
-    head = ("Claim", "Verdict", "Measured", "Paper", "Why")
+    head = ("Claim", "Verdict", "Measured", "Paper", "Counts as reproduced")
     parts = ['<table class="ledger"><thead><tr>']
     parts += [f'<th scope="col">{name}</th>' for name in head]
     parts.append("</tr></thead><tbody>")
     for claim in claims:
-        where = ", ".join(
-            f'<a href="notebooks/{name}.html">{escape(name[:2])}</a>' if name in titles else name
-            for name in claim.notebook.split()
-        )
+        name = claim.notebook
+        link = f'<a href="notebooks/{name}.html">notebook {escape(name[:2])}</a>'
+        run = [link] if name in titles else []
+        run += [badge(claim.preset, claim.scale)] if claim.scale else []
+        verdict = _verdict_of(claim)
         cells = (
-            chip(claim.verdict) + (f"<br>{escape(claim.scale)}" if claim.scale else ""),
-            escape(claim.measured or "–") + (f"<br>notebook {where}" if where else ""),
+            f'{chip(verdict)}<p class="reason">{escape(claim.reason)}</p>',
+            "".join(f"<p>{escape(part)}</p>" for part in claim.measured.split("; "))
+            + f"<p>{' '.join(run)}</p>",
             escape(claim.paper or "–"),
-            escape(claim.reason),
+            escape(claim.tolerance or "–"),
         )
-        kind = VERDICTS[claim.verdict][0]
+        kind = VERDICTS[verdict][0]
         parts.append(f'<tr id="{escape(claim.id.lower())}" class="row-{kind}"><th scope="row">')
-        parts.append(f"<code>{escape(claim.id)}</code><br>{escape(claim.statement)}</th>")
+        parts.append(
+            f"<code>{escape(claim.id)}</code> <small>{escape(claim.where)}</small>"
+            f"<p>{escape(claim.statement)}</p></th>"
+        )
         parts += [
-            f'<td data-label="{name}">{cell}</td>'
+            f'<td data-label="{name}"><div>{cell}</div></td>'
             for name, cell in zip(head[1:], cells, strict=True)
         ]
         parts.append("</tr>")
     return "\n".join([*parts, "</tbody></table>"])
+
+
+def _verdict_of(claim: Claim) -> str:
+    """Return the verdict in words; one that is not known counts as not attempted, hence red."""
+    return str(claim.verdict) if str(claim.verdict) in VERDICTS else "not attempted"
 
 
 # --- notebooks -----------------------------------------------------------------------------------
@@ -358,9 +402,43 @@ def _entry(module: str, name: str) -> str:
     value = getattr(dsvlib, name)
     if isinstance(value, type):
         return f".. autoclass:: {module}.{name}\n   :members:\n"
-    kind = "autofunction" if callable(value) else "autodata"
-    options = "   :no-value:\n" if kind == "autodata" else ""
-    return f".. {kind}:: {module}.{name}\n{options}"
+    if callable(value):
+        return f".. autofunction:: {module}.{name}\n"
+    # A constant has no docstring of its own: autodoc would show that of its type.
+    text = f"Keys: {', '.join(f'`{k}`' for k in value)}." if isinstance(value, dict) else f"`{value!r}`"
+    return f".. py:data:: {module}.{name}\n\n   {text}\n"
+
+
+def plain_docstring(lines: Sequence[str]) -> list[str]:
+    """Return a docstring's lines with what reStructuredText would misread taken as it is written.
+
+    Docstrings here are prose with `code`, definition lists and equations in plain text. An indented
+    block after an empty line is kept as it is laid out; elsewhere ``*`` and ``|`` mean themselves.
+    """
+    found: list[str] = []
+    block = -1  # the indentation of the text that a block hangs below, -1 outside one
+    for number, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if not line.strip():
+            found.append(line)
+            continue
+        if set(line.strip()) == {"-"} and number and lines[number - 1].strip():
+            found[-1:] = [f"**{lines[number - 1].strip()}**", ""]  # a heading in numpydoc's way
+            continue
+        before = next((other for other in reversed(lines[:number]) if other.strip()), "")
+        above = len(before) - len(before.lstrip())
+        if block >= 0 and indent <= block:
+            block = -1
+        if block < 0 and number and not lines[number - 1].strip() and before and indent > above:
+            block = above
+            found += [" " * above + "::", ""]
+        found.append(line if block >= 0 else _escape_markup(line))
+    return found
+
+
+def _escape_markup(line: str) -> str:
+    pieces = re.split(r"(``.+?``|`[^`]+`)", line)
+    return "".join(p if p.startswith("`") else re.sub(r"([*|])", r"\\\1", p) for p in pieces)
 
 
 def fill(text: str, parts: Mapping[str, str | Iterable[str]]) -> str:

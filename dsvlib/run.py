@@ -48,6 +48,7 @@ BADGES = {
 # These choose and start notebooks or read what they leave; the parameters that they hand over are
 # in the request's digest. They cannot change a number, so that editing them leaves figures fresh.
 LAUNCHERS = {"cli.py", "notebook_files.py", "presets.py", "reproduce.py", "wall.py"}
+LAUNCHERS |= {"pages.py", "site.py"}
 
 
 class DsvError(RuntimeError):

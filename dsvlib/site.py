@@ -6,12 +6,13 @@ nor by a reader's browser: style, scripts and MathJax lie in ``site/_static``.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
         if name == preset:
             own = figures
         else:
-            others.append(f"figures at {name} <wall/{name}>")
+            others.append(f"Figures: {name} <wall/{name}>")
             text = f"---\nhide-toc: true\n---\n\n# Figures: {BADGES.get(name, name)}\n\n"
             lead = f'<p class="lead">Made by <code>dsv reproduce --preset {name}</code>.</p>\n\n'
             _write(
@@ -117,8 +118,9 @@ def _hero(figures: dict[str, Any]) -> str:
     return f'<p class="hero"><img src="{pages.escape(first.picture)}" alt="{alt}"></p>'
 
 
-def _claims(preset: str) -> list[pages.Claim]:
-    return []
+def _claims(preset: str) -> Sequence[pages.Claim]:
+    """Return the ledger's lines; `dsvlib.claims` makes them."""
+    return importlib.import_module("dsvlib.claims").claim_rows(preset)
 
 
 def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:

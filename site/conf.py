@@ -1,6 +1,7 @@
 """Sphinx configuration of the site; `dsv site` writes the pages and calls it."""
 
 import dsvlib
+from dsvlib.pages import plain_docstring
 
 project = "Deep support vectors"
 author = "The dsvlib authors"
@@ -8,7 +9,7 @@ copyright = "the dsvlib authors, MIT licence"
 version = release = dsvlib.__version__
 language = "en"
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 root_doc = "index"
 exclude_patterns = ["**/.ipynb_checkpoints"]
 default_role = "literal"  # `names` in docstrings are code, as they are in Markdown
@@ -34,8 +35,8 @@ toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = "Deep support vectors, reproduced"
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
-templates_path = ["_templates"]
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": "defer"})]
 html_copy_source = False
@@ -63,3 +64,12 @@ html_theme_options = {
         "color-background-secondary": "#1a1e22",
     },
 }
+
+
+def setup(app):
+    """Take docstrings as the plain text that they are."""
+
+    def plain(app, what, name, obj, options, lines):
+        lines[:] = plain_docstring(lines)
+
+    app.connect("autodoc-process-docstring", plain)
