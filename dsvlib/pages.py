@@ -37,6 +37,7 @@ VERDICTS = {
     "not reproduced": ("no", "✗"),
     "not attempted": ("none", "○"),
 }
+STRIP = 2.6  # width over height from which a picture takes a row of the wall
 EXERCISE = re.compile(r"^(?:#+ |\*\*)(Exercise \d+.*?)(?:\*\*|$)", re.MULTILINE)
 DATA = {".csv": "tidy data (CSV)", ".npz": "arrays (NPZ)", ".svg": "vector picture (SVG)"}
 
@@ -48,6 +49,7 @@ class Figure:
     folder: str  # figures/<preset>/<notebook>
     sidecar: Mapping[str, Any]
     fresh: bool
+    wide: bool = False  # a strip, to be shown over the wall's whole width
 
     @property
     def title(self) -> str:
@@ -121,11 +123,23 @@ def read_figures(preset: str) -> dict[str, list[Figure] | RecordError]:
         names = [name for name in sorted(record["files"]) if name.endswith(".json")]
         sidecars = [json.loads((directory / name).read_text(encoding="utf-8")) for name in names]
         found[directory.name] = [
-            Figure(f"figures/{preset}/{directory.name}", sidecar, fresh)
+            Figure(
+                f"figures/{preset}/{directory.name}",
+                sidecar,
+                fresh,
+                _ratio(directory / f"{sidecar['name']}.png") > STRIP,
+            )
             for sidecar in sidecars
             if sidecar["kind"] == "figure"
         ]
     return found
+
+
+def _ratio(picture: Path) -> float:
+    """Return the width over the height that a PNG's header gives."""
+    with picture.open("rb") as stream:
+        header = stream.read(24)
+    return int.from_bytes(header[16:20]) / max(1, int.from_bytes(header[20:24]))
 
 
 def badge(preset: str, text: str) -> str:
@@ -160,11 +174,11 @@ def _card(figure: Figure, up: str) -> str:
     caption = escape(_one_line(about["caption"]))
     # The finding is the image's alternative text; to read it out twice would help no one.
     return (
-        f'<figure class="card"><a class="picture" href="{large}">'
+        f'<figure class="card{" wide" * figure.wide}"><a class="picture" href="{large}">'
         f'<img src="{picture}" alt="{finding}" loading="lazy" decoding="async"></a><figcaption>'
         f'<p class="card-title">{escape(figure.title)} {badge(about["preset"], about["scale"])}</p>'
         f'<p class="finding" aria-hidden="true">{finding}</p>'
-        f'<p class="caption">{caption}</p>{why_panel(figure, up=up)}</figcaption></figure>'
+        f'<p class="card-caption">{caption}</p>{why_panel(figure, up=up)}</figcaption></figure>'
     )
 
 
@@ -217,7 +231,9 @@ def _one_line(text: str) -> str:
 def chip(verdict: str) -> str:
     """Return a verdict as word, symbol and colour."""
     kind, symbol = VERDICTS[verdict]
-    return f'<span class="verdict verdict-{kind}"><b aria-hidden="true">{symbol}</b> {verdict}</span>'
+    return (
+        f'<span class="verdict verdict-{kind}"><b aria-hidden="true">{symbol}</b> {verdict}</span>'
+    )
 
 
 def verdict_summary(claims: Sequence[Claim]) -> str:
@@ -230,7 +246,9 @@ def verdict_summary(claims: Sequence[Claim]) -> str:
             f"{escape(c.id)}</a>"
             for c in hits
         )
-        parts.append(f"<div><p>{chip(verdict)} <strong>{len(hits)}</strong></p><p>{names}</p></div>")
+        parts.append(
+            f"<div><p>{chip(verdict)} <strong>{len(hits)}</strong></p><p>{names}</p></div>"
+        )
     return "\n".join([*parts, "</div>"])
 
 
@@ -248,7 +266,7 @@ def ledger(claims: Sequence[Claim], titles: Mapping[str, str]) -> str:
         verdict = _verdict_of(claim)
         cells = (
             f'{chip(verdict)}<p class="reason">{escape(claim.reason)}</p>',
-            "".join(f"<p>{escape(part)}</p>" for part in claim.measured.split("; "))
+            "".join(f"<p>{_unbroken(part)}</p>" for part in claim.measured.split("; "))
             + f"<p>{' '.join(run)}</p>",
             escape(claim.paper or "–"),
             escape(claim.tolerance or "–"),
@@ -265,6 +283,11 @@ def ledger(claims: Sequence[Claim], titles: Mapping[str, str]) -> str:
         ]
         parts.append("</tr>")
     return "\n".join([*parts, "</tbody></table>"])
+
+
+def _unbroken(text: str) -> str:
+    """Return text in which ``n = 3`` stays on one line."""
+    return escape(text).replace("n = ", "n&nbsp;=&nbsp;")
 
 
 def _verdict_of(claim: Claim) -> str:
@@ -405,7 +428,11 @@ def _entry(module: str, name: str) -> str:
     if callable(value):
         return f".. autofunction:: {module}.{name}\n"
     # A constant has no docstring of its own: autodoc would show that of its type.
-    text = f"Keys: {', '.join(f'`{k}`' for k in value)}." if isinstance(value, dict) else f"`{value!r}`"
+    text = (
+        f"Keys: {', '.join(f'`{k}`' for k in value)}."
+        if isinstance(value, dict)
+        else f"`{value!r}`"
+    )
     return f".. py:data:: {module}.{name}\n\n   {text}\n"
 
 

@@ -7,12 +7,14 @@ nor by a reader's browser: style, scripts and MathJax lie in ``site/_static``.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) 
     for problem in broken:
         echo(problem)
     count = sum(1 for _ in html.rglob("*.html"))
-    echo(f"{count} pages in {os.path.relpath(html)}; read them with: make serve")
+    echo(f"{count} pages in {os.path.relpath(html)}; open {os.path.relpath(html / 'index.html')}")
     return html
 
 
@@ -114,8 +116,8 @@ def _hero(figures: dict[str, Any]) -> str:
     """Return the picture on top: the first figure of the first notebook that has one."""
     first = next(figure for content in figures.values() if isinstance(content, list)
                  for figure in content)  # fmt: skip
-    alt = pages.escape(" ".join(first.sidecar["alt"].split()))
-    return f'<p class="hero"><img src="{pages.escape(first.picture)}" alt="{alt}"></p>'
+    alt = escape(" ".join(first.sidecar["alt"].split()))
+    return f'<p class="hero"><img src="{escape(first.picture)}" alt="{alt}"></p>'
 
 
 def _claims(preset: str) -> Sequence[pages.Claim]:
@@ -156,10 +158,9 @@ def _sphinx(source: Path, extra: Path, html: Path, doctrees: Path) -> None:
     command += ["-c", str(repository_root() / "site"), "-d", str(doctrees)]
     command += ["-D", f"html_extra_path={extra}", str(source), str(html)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    try:
-        import myst_nb  # noqa: F401
-    except ImportError:
-        raise DsvError("Sphinx and MyST-NB are missing; run make install, or pip install '.[dev]'")
+    for package in ("sphinx", "myst_nb", "furo"):
+        if importlib.util.find_spec(package) is None:
+            raise DsvError(f"{package} is missing, the site is built with it; run make install")
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]

@@ -69,7 +69,7 @@ html_theme_options = {
 def setup(app):
     """Take docstrings as the plain text that they are."""
 
-    def plain(app, what, name, obj, options, lines):
+    def plain(_app, _what, _name, _object, _options, lines):
         lines[:] = plain_docstring(lines)
 
     app.connect("autodoc-process-docstring", plain)

@@ -15,14 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-
 from browser import MISSING, find_browser
 
 pytestmark = pytest.mark.site
 HTML = Path(__file__).resolve().parent.parent / "build" / "site" / "html"
-NOTEBOOKS = sorted(
-    path.stem for path in (HTML.parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb")
-)
+NOTEBOOKS = sorted(path.stem for path in (HTML.parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 EXPECTED = [
     *("index", "claims", "exercises", "search", "genindex", "api/index", "api/conditions"),
     *(f"notebooks/{name}" for name in NOTEBOOKS),
@@ -81,13 +78,16 @@ def open_page(browser: Any, address: str) -> Iterator[Any]:
         page.on("pageerror", lambda error: page.heard["complaints"].append(str(error)))
         page.on(
             "console",
-            lambda said: said.type in ("error", "warning")
-            and page.heard["complaints"].append(said.text),
+            lambda said: (
+                said.type in ("error", "warning") and page.heard["complaints"].append(said.text)
+            ),
         )
         page.on(
             "response",
-            lambda answer: answer.status >= 400
-            and page.heard["complaints"].append(f"{answer.status} {answer.url}"),
+            lambda answer: (
+                answer.status >= 400
+                and page.heard["complaints"].append(f"{answer.status} {answer.url}")
+            ),
         )
         file, _, rest = name.partition("?")
         page.goto(f"{address}/{file}.html{rest and '?' + rest}", wait_until="load")
@@ -99,9 +99,9 @@ def open_page(browser: Any, address: str) -> Iterator[Any]:
 
 
 def all_pages() -> list[str]:
-    return sorted(
-        str(path.relative_to(HTML).with_suffix("")) for path in HTML.rglob("*.html")
-    ) or ["index"]
+    return sorted(str(path.relative_to(HTML).with_suffix("")) for path in HTML.rglob("*.html")) or [
+        "index"
+    ]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
