@@ -9,7 +9,7 @@ BIN   := .venv/bin
 READY := .venv/.ready
 UV    := 0.13.9
 
-.PHONY: help install test test-slow lint figures notebooks checkpoints bench lock clean
+.PHONY: help install test test-slow lint figures site test-site notebooks checkpoints bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show these targets
@@ -42,6 +42,12 @@ lint: $(READY) ## check and format the code
 
 figures: $(READY) ## run all notebooks and make every figure (PRESET=smoke|quick|cifar10|paper)
 	$(BIN)/dsv reproduce --preset $(PRESET) $(ARGS)
+
+site: $(READY) ## build the pages of the recorded runs into build/site/html (PRESET=quick)
+	$(BIN)/dsv site --preset $(PRESET) $(ARGS)
+
+test-site: $(READY) ## read the built site in headless Chromium
+	DSV_NEEDS_BROWSER=1 $(BIN)/python -m pytest -m site tests/test_site.py $(ARGS)
 
 notebooks: $(READY) ## put the outputs of the last quick run into the committed notebooks, write student copies
 	$(BIN)/dsv notebooks refresh

@@ -100,6 +100,14 @@ def reproduce(
         raise DsvError("at least one notebook failed; the reasons are above")
 
 
+@app.command()
+def site(preset: Preset = "quick") -> None:
+    """Build the pages of the recorded runs into build/site/html."""
+    from dsvlib.site import build_site
+
+    build_site(preset)
+
+
 @notebooks.command()
 def refresh(preset: Preset = "quick", only: Only = None) -> None:
     """Put the outputs of a run into the committed notebooks."""

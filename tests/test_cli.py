@@ -42,7 +42,7 @@ def test_help_names_every_command_without_heavy_imports() -> None:
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines()[-1] == "set()"
-    for command in ("reproduce", "notebooks", "train", "synthesize", "doctor", "data"):
+    for command in ("reproduce", "notebooks", "train", "synthesize", "doctor", "data", "site"):
         assert command in result.stdout
 
 
@@ -53,6 +53,11 @@ def test_help_names_every_command_without_heavy_imports() -> None:
         (["reproduce", "--preset", "quik"], "did you mean 'quick'"),
         (["reproduce", "--jobs", "two"], "--jobs"),
         (["nonsense"], "nonsense"),
+        (["site", "--preset", "quik"], "did you mean 'quick'"),
+        (
+            ["site", "--preset", "paper"],
+            "no complete run of preset 'paper' to show; run dsv",
+        ),
         (["synthesize", "--out", "x"], "--classifier"),
         (["train"], "NAME of a shipped classifier or --all"),
         (["train", "digits-judge", "--all"], "one of the two"),

@@ -1,0 +1,169 @@
+"""The site: pages of the recorded runs, built by Sphinx into ``build/site/html``, whole or not.
+
+Only complete runs are shown (`read_record` checks them). Nothing is fetched, neither while building
+nor by a reader's browser: style, scripts and MathJax lie in ``site/_static``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from dsvlib import pages
+from dsvlib.notebook_files import normalise
+from dsvlib.presets import notebook_names, plan, read_presets
+from dsvlib.reproduce import up_to_date
+from dsvlib.run import BADGES, DsvError, RecordError, RequestError, figures_root, repository_root
+
+
+def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) -> Path:
+    """Build the site around the figures of `preset` and return its folder, ``build/site/html``.
+
+    The site that was there stays until the new one is whole. Raises RequestError for an unknown
+    preset, DsvError where the preset has no complete run, Sphinx is missing or a page has an error.
+    """
+    presets = read_presets()
+    if preset not in presets:
+        raise RequestError.unknown("preset", preset, presets)
+    figures = pages.read_figures(preset)
+    if not any(isinstance(content, list) for content in figures.values()):
+        raise DsvError(
+            f"no complete run of preset {preset!r} to show; run dsv reproduce --preset {preset}"
+        )
+    home = repository_root() / "build" / "site"
+    source, extra, html, doctrees = (home / n for n in ("source", "extra", "html", "doctrees"))
+    fresh = home / "html.part"
+    for folder in (source, extra, fresh, doctrees):
+        shutil.rmtree(folder, ignore_errors=True)
+    write_sources(preset, source, extra)
+    _sphinx(source, extra, fresh, doctrees)
+    shutil.rmtree(html, ignore_errors=True)
+    os.replace(fresh, html)
+    for folder in (source, extra, doctrees):
+        shutil.rmtree(folder, ignore_errors=True)
+    broken = [str(content) for content in figures.values() if isinstance(content, RecordError)]
+    for problem in broken:
+        echo(problem)
+    count = sum(1 for _ in html.rglob("*.html"))
+    echo(f"{count} pages in {os.path.relpath(html)}; open {os.path.relpath(html / 'index.html')}")
+    return html
+
+
+def write_sources(preset: str, source: Path, extra: Path) -> None:
+    """Write the pages' sources, and into `extra` the files that they link to as they are."""
+    read: dict[str, dict[str, Any]] = {}
+    origins: dict[str, str] = {}
+    for name in notebook_names():
+        path, where = _notebook_to_show(name, preset)
+        read[name], origins[name] = _read_notebook(path, name), where
+    titles = {name: pages.notebook_title(content, name) for name, content in read.items()}
+    _write(source / "exercises.md", pages.exercises_page(read, titles))
+    for name, content in read.items():
+        page = pages.notebook_page(content, name, origin=origins[name])
+        _write(source / "notebooks" / f"{name}.ipynb", json.dumps(page, ensure_ascii=False))
+        committed = repository_root() / "notebooks" / f"{name}.ipynb"
+        (extra / "notebooks").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(committed, extra / "notebooks" / committed.name)
+    for name, text in pages.reference().items():
+        _write(source / "api" / f"{name}.rst", text)
+    _write_results(preset, source, extra, titles)
+
+
+def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str]) -> None:
+    others = []
+    for name in read_presets():
+        figures = pages.read_figures(name)
+        shown = {k: v for k, v in figures.items() if isinstance(v, list)}
+        # a smoke run is no result: it is shown only where it was asked for by name
+        if not shown or (name == "smoke" and preset != "smoke"):
+            continue
+        for notebook in shown:
+            folder = figures_root() / name / notebook
+            shutil.copytree(folder, extra / "figures" / name / notebook)
+        if name == preset:
+            own = figures
+        else:
+            others.append(f"Figures: {name} <wall/{name}>")
+            text = f"---\nhide-toc: true\n---\n\n# Figures: {BADGES.get(name, name)}\n\n"
+            lead = f'<p class="lead">Made by <code>dsv reproduce --preset {name}</code>.</p>\n\n'
+            _write(
+                source / "wall" / f"{name}.md", text + lead + pages.wall(figures, titles, up="../")
+            )
+    claims = _claims(preset)
+    template = (repository_root() / "site" / "index.md").read_text(encoding="utf-8")
+    parts = {
+        "hero": _hero(own),
+        "verdicts": pages.verdict_summary(claims),
+        "wall": pages.wall(own, titles),
+        "walls": others,
+        "notebooks": [f"notebooks/{name}" for name in titles],
+    }
+    _write(source / "index.md", pages.fill(template, parts))
+    template = (repository_root() / "site" / "claims.md").read_text(encoding="utf-8")
+    _write(source / "claims.md", pages.fill(template, {"ledger": pages.ledger(claims, titles)}))
+
+
+def _hero(figures: dict[str, Any]) -> str:
+    """Return the picture on top: the first figure of the first notebook that has one."""
+    first = next(figure for content in figures.values() if isinstance(content, list)
+                 for figure in content)  # fmt: skip
+    alt = escape(" ".join(first.sidecar["alt"].split()))
+    return f'<p class="hero"><img src="{escape(first.picture)}" alt="{alt}"></p>'
+
+
+def _claims(preset: str) -> Sequence[pages.Claim]:
+    """Return the ledger's lines; `dsvlib.claims` makes them."""
+    return importlib.import_module("dsvlib.claims").claim_rows(preset)
+
+
+def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:
+    """Return the executed notebook to show and HTML that says at which scale it ran."""
+    if preset not in read_presets() or name in read_presets()[preset]["omit"]:
+        preset = "quick"
+    job = plan(preset, only=[name])[0]
+    if up_to_date(job):
+        return job.build(".ipynb"), pages.badge(preset, BADGES.get(preset, preset))
+    # what is committed was run at quick
+    return repository_root() / "notebooks" / f"{name}.ipynb", pages.badge("quick", BADGES["quick"])
+
+
+def _read_notebook(path: Path, name: str) -> dict[str, Any]:
+    import nbformat
+
+    try:
+        content = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+        raise DsvError(f"{path.name}: expected a Jupyter notebook, got {error}") from error
+    source = repository_root() / "notebooks" / f"{name}.ipynb"
+    return dict(json.loads(json.dumps(normalise(content, source))))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _sphinx(source: Path, extra: Path, html: Path, doctrees: Path) -> None:
+    """Run sphinx-build; a warning is an error, after all of them have been shown."""
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going"]
+    command += ["-c", str(repository_root() / "site"), "-d", str(doctrees)]
+    command += ["-D", f"html_extra_path={extra}", str(source), str(html)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for package in ("sphinx", "myst_nb", "furo"):
+        if importlib.util.find_spec(package) is None:
+            raise DsvError(f"{package} is missing, the site is built with it; run make install")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+        for line in lines[-40:]:
+            print(line, file=sys.stderr)
+        raise DsvError("the site was not built: Sphinx's complaints are above; the old one stays")
