@@ -61,7 +61,7 @@ bench: $(READY) ## time the inner loop and the solvers (ratios within one run)
 
 lock: $(READY) ## resolve the newest allowed versions into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-	  --upgrade --extra dev pyproject.toml --output-file requirements.lock
+	  --upgrade --extra dev --extra cluster pyproject.toml --output-file requirements.lock
 
 clean: ## remove what runs have made, but not the environment or committed figures
 	rm -rf build figures/smoke figures/.staging .pytest_cache .mypy_cache .ruff_cache .benchmarks
