@@ -23,6 +23,7 @@ from dsvlib.run import DsvError, RequestError, digest, file_digest, write_json
 
 if TYPE_CHECKING:
     from dsvlib.solution import Solution
+    from dsvlib.sources import Classifier
 
 app = typer.Typer(
     name="dsv",
@@ -193,67 +194,96 @@ def train(
 
 @app.command()
 def synthesize(
-    classifier: Annotated[str, typer.Option(help="A file, or a shipped one: digits-convnet.")],
     out: Annotated[Path, typer.Option(help="New folder for the results.")],
-    labels: Annotated[str | None, typer.Option(help="Class numbers, e.g. 0,1,2.")] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(help="A file, digits-convnet, or torchvision:resnet50."),
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Your own: MODULE:CALLABLE, with --weights.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="A local state dict.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Per channel, e.g. 0.49,0.48,0.45.")] = None,
+    std: Annotated[str | None, typer.Option(help="Per channel, e.g. 0.20,0.20,0.20.")] = None,
+    shape: Annotated[str | None, typer.Option(help="One input: 3,32,32.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one a line.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Classes by name or number: cat,5.")] = None,
     per_class: Annotated[int | None, typer.Option(help="Samples of every class.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File to go on from after a kill; removed at the end.")
+    ] = None,
 ) -> None:
-    """Make deep support vectors of a classifier."""
+    """Make deep support vectors of a classifier: ours, torchvision's or your own."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RequestError(f"--out: expected a new or empty folder, got {str(out)!r}")
+    if (classifier is None) == (architecture is None):
+        raise RequestError("expected --classifier or --architecture, one of the two")
+    if architecture is not None and (":" not in architecture or weights is None):
+        raise RequestError("--architecture: expected MODULE:CALLABLE, and --weights FILE with it")
     if labels is not None and per_class is not None:
         raise RequestError("expected --labels or --per-class, got both; leave one out")
     if steps is not None and steps < 1:
         raise RequestError(f"--steps: expected a whole number ≥ 1, got {steps}")
     if per_class is not None and per_class < 1:
         raise RequestError(f"--per-class: expected a whole number ≥ 1, got {per_class}")
+    given: dict[str, Any] = {
+        "mean": _numbers("--mean", mean, float),
+        "std": _numbers("--std", std, float),
+        "shape": _numbers("--shape", shape, int),
+        "classes": None if classes is None else classes.read_text("utf-8").split("\n"),
+    }
+    if given["classes"] is not None:
+        given["classes"] = [line.strip() for line in given["classes"] if line.strip()]
     import torch
 
     import dsvlib
 
-    model, metadata = dsvlib.load_classifier(classifier)
-    if not {"classes", "mean", "std"} <= set(metadata):
-        raise DsvError(f"{classifier}: expected classes, mean and std in the file's metadata")
-    wanted = _labels(labels, per_class or 1, metadata["num_classes"])
-    mean, std = torch.tensor(metadata["mean"]), torch.tensor(metadata["std"])
+    opened = dsvlib.open_classifier(classifier or architecture or "", weights=weights, **given)
+    if labels is None:
+        wanted = torch.arange(len(opened.classes)).repeat_interleave(per_class or 1)
+    else:
+        try:
+            wanted = opened.labels(labels.split(","))
+        except ValueError as error:
+            raise RequestError(f"--{error}") from None
     solution = dsvlib.synthesize(
-        model,
-        torch.tensor(wanted),
-        metadata["shape"],
-        config=_synthesis_config(metadata, steps),
-        bounds=((0 - mean) / std, (1 - mean) / std),
+        opened.model,
+        wanted,
+        opened.shape,
+        config=_synthesis_config(opened.dataset, steps),
+        bounds=opened.bounds,
         generator=torch.Generator().manual_seed(seed),
+        checkpoint=checkpoint,
     )
     if not solution.status.successful:
         raise DsvError(f"{solution.status} Nothing was written; try fewer steps or another seed")
-    about = {"status": str(solution.status), "classifier": Path(classifier).name, "seed": seed}
+    about = {"status": str(solution.status), "classifier": opened.name, "seed": seed}
     with _new_folder(out) as folder:
-        _write_solution(folder, solution, metadata, about)
+        _write_solution(folder, solution, opened, about)
     print(f"{len(solution.samples)} deep support vectors in {out}. {solution.status}")
 
 
-def _synthesis_config(metadata: dict[str, Any], steps: int | None) -> Any:
+def _numbers(option: str, text: str | None, kind: type) -> list[Any] | None:
+    if text is None:
+        return None
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise RequestError(
+            f"{option}: expected numbers with commas between them, got {text!r}"
+        ) from None
+
+
+def _synthesis_config(dataset: str, steps: int | None) -> Any:
     """Return the defaults for the bundled digits, and the start for photographs for all else."""
     from dsvlib import SynthesisConfig
 
     changes = {} if steps is None else {"steps": steps}
-    if metadata.get("dataset") == "digits":
+    if dataset == "digits":
         return SynthesisConfig(**changes)
     return SynthesisConfig.photographs(**changes)
-
-
-def _labels(text: str | None, per_class: int, classes: int) -> list[int]:
-    if text is None:
-        return [c for c in range(classes) for _ in range(per_class)]
-    try:
-        labels = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise RequestError(f"--labels: expected numbers such as 0,1,2, got {text!r}") from None
-    if min(labels) < 0 or max(labels) >= classes:
-        raise RequestError(f"--labels: expected numbers from 0 to {classes - 1}, got {text!r}")
-    return labels
 
 
 @contextmanager
@@ -269,18 +299,14 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _write_solution(
-    folder: Path, solution: Solution, metadata: dict[str, Any], about: dict[str, Any]
+    folder: Path, solution: Solution, opened: Classifier, about: dict[str, Any]
 ) -> None:
-    import numpy as np
-
     from dsvlib.figures import image_grid, write_figure
 
-    samples = solution.samples
+    samples = solution.samples.to("cpu").describe(opened)
     samples.save(folder / "samples.safetensors")
-    shape = (1, -1, 1, 1)
-    mean, std = (np.reshape(metadata[key], shape) for key in ("mean", "std"))
-    images = np.clip(samples.inputs.detach().cpu().numpy() * std + mean, 0, 1)
-    names = [metadata["classes"][int(label)] for label in samples.labels]
+    images = samples.images().numpy()
+    names = [opened.classes[int(label)] for label in samples.labels]
     steps = int(solution.config.steps)
     alt = f"{len(names)} deep support vectors, of the classes {', '.join(dict.fromkeys(names))}"
     write_figure(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -58,7 +59,12 @@ def test_help_names_every_command_without_heavy_imports() -> None:
             ["site", "--preset", "paper"],
             "no complete run of preset 'paper' to show; run dsv",
         ),
-        (["synthesize", "--out", "x"], "--classifier"),
+        (["synthesize", "--out", "x"], "--classifier or --architecture"),
+        (["synthesize", "--out", "x", "--architecture", "mynet:build"], "--weights FILE with it"),
+        (
+            ["synthesize", "--out", "x", "--classifier", "digits-convnet", "--mean", "grey"],
+            "--mean: expected numbers",
+        ),
         (["train"], "NAME of a shipped classifier or --all"),
         (["train", "digits-judge", "--all"], "one of the two"),
         (["train", "digts-convnet"], "unknown classifier 'digts-convnet'; did you mean 'digits-"),
@@ -159,11 +165,43 @@ def test_synthesize_writes_a_whole_folder(classifier: Path, tmp_path: Path) -> N
     assert {"samples.safetensors", "samples.png", "history.csv", "residuals.csv"} <= names
     samples = dsvlib.SupportSet.load(out / "samples.safetensors")
     assert samples.labels.tolist() == [0, 2, 2]
+    assert samples.classes == ("a", "b", "c")
     assert samples.inputs.min() >= -2.0001
     assert samples.inputs.max() <= 2.0001
     table = pd.read_csv(out / "residuals.csv")
     assert {"stationarity", "cosine", "primal", "dual", "active"} == set(table["quantity"])
     assert {path.name for path in tmp_path.iterdir()} == {"small.safetensors", "made"}
+
+
+def test_synthesize_takes_class_names_and_ones_own_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ownnet.py").write_text(
+        "from torch import nn\n"
+        "def build(width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), nn.Tanh(), nn.Flatten(),\n"
+        "                         nn.Linear(36 * width, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec((tmp_path / "ownnet.py").read_text(), names)
+    torch.save(names["build"]().state_dict(), tmp_path / "own.pt")
+    (tmp_path / "classes.txt").write_text("cat\nhot dog\n")
+    words = ["synthesize", "--architecture", "ownnet:build", "--weights", "own.pt"]
+    words += ["--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2", "--shape", "3,8,8"]
+    words += ["--classes", "classes.txt", "--steps", "3", "--checkpoint", "state"]
+    assert run(*words, "--labels", "hot dog,0", "--out", "made") == 0
+    samples = dsvlib.SupportSet.load(tmp_path / "made" / "samples.safetensors")
+    assert samples.labels.tolist() == [1, 0]
+    assert samples.images().shape == (2, 3, 8, 8)
+    assert not (tmp_path / "state").exists()
+    capsys.readouterr()
+    assert run(*words, "--labels", "hot dgo", "--out", "more") == 2
+    assert "did you mean 'hot dog'" in stderr_line(capsys)
+    torch.save(names["build"](5).state_dict(), tmp_path / "own.pt")
+    assert run(*words, "--out", "more") == 1
+    assert "got [5, 3, 3, 3] for '0.weight', expected [4, 3, 3, 3]" in stderr_line(capsys)
+    assert not (tmp_path / "more").exists()
 
 
 def test_synthesize_refuses_and_writes_nothing(
@@ -176,7 +214,7 @@ def test_synthesize_refuses_and_writes_nothing(
     cases = [
         ([*base, "--out", str(full)], 2, "new or empty"),
         ([*base, "--out", str(tmp_path / "x"), "--labels", "0,9"], 2, "from 0 to 2"),
-        ([*base, "--out", str(tmp_path / "x"), "--labels", "a"], 2, "such as 0,1,2"),
+        ([*base, "--out", str(tmp_path / "x"), "--labels", "bb"], 2, "did you mean 'b'"),
         ([*base, "--out", str(tmp_path / "x"), "--labels", "0", "--per-class", "1"], 2, "got both"),
         ([*base, "--out", str(tmp_path / "x"), "--steps", "0"], 2, "--steps"),
         (["synthesize", "--classifier", "no.safetensors", "--out", str(tmp_path / "x")], 1, "no.s"),

@@ -20,11 +20,13 @@ def test_code_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "dsvs.safetensors").is_file()
     assert accuracy(names["network"], names["data"].test) > 0.5  # chance is 0.1
+    assert names["pixels"].shape == (2, 3, 8, 8)
+    assert not (tmp_path / "dog-and-cat.state").exists()
 
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:
