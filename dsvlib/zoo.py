@@ -72,16 +72,6 @@ RECIPES = {
             epochs=150, learning_rate=0.05, weight_decay=1e-3, polish_steps=100, log_every=20
         ),
     ),
-    "digits-vit-shuffled": Recipe(
-        purpose="control: the same transformer, made to fit labels that were shuffled",
-        dataset="digits",
-        architecture="vit",
-        options=_SMALL_VIT,
-        training=TrainConfig(
-            epochs=150, optimizer="adam", learning_rate=3e-3, weight_decay=1e-6, log_every=20
-        ),
-        shuffle_labels=True,
-    ),
     "digits-judge": Recipe(
         purpose="judge: another architecture, other weights, trained on the real digits only",
         dataset="digits",
