@@ -66,7 +66,7 @@ RECIPES = {
         dataset="digits",
         architecture="vit",
         options=_SMALL_VIT,
-        # Of three settings tried, the nearest to stationary by the cosine. Layer norm leaves nothing
+        # Of three settings the nearest to stationary by its cosine. Layer norm leaves nothing
         # to hold the weights before it against decay: at 5e-3 (rate 0.1) it fell to chance.
         training=TrainConfig(
             epochs=150, learning_rate=0.05, weight_decay=1e-3, polish_steps=100, log_every=20
