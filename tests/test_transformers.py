@@ -172,7 +172,7 @@ def test_dropout_of_the_attention_is_off() -> None:
 
 
 def test_layer_norm_hides_the_scale_of_what_it_reads() -> None:
-    """Euler: ⟨θ, ∇L⟩ = 0 over all that writes into the residual stream, whatever λ (notebook 11)."""
+    """Euler: ⟨θ, ∇L⟩ = 0 over all that writes into the residual stream, whatever λ."""
     network = torchvision_vit().double()
     for module in network.modules():
         if isinstance(module, nn.LayerNorm):
