@@ -43,6 +43,7 @@ _STATIONARY = TrainConfig(
     epochs=200, learning_rate=0.05, weight_decay=5e-3, polish_steps=300, log_every=20
 )
 _SMALL = {"width": 32, "depth": 2, "norm": "none"}
+_SMALL_VIT = {"patch": 4, "width": 32, "depth": 2, "heads": 4}
 RECIPES = {
     "digits-convnet": Recipe(
         purpose="the embedded default: norm-free and trained until it is nearly stationary",
@@ -59,6 +60,17 @@ RECIPES = {
         # little decay and more epochs: at the first recipe's decay it would learn nothing
         training=TrainConfig(epochs=400, learning_rate=0.05, weight_decay=1e-4, log_every=40),
         shuffle_labels=True,
+    ),
+    "digits-vit": Recipe(
+        purpose="a vision transformer of 18,602 parameters, for notebook 11",
+        dataset="digits",
+        architecture="vit",
+        options=_SMALL_VIT,
+        # Of three settings the nearest to stationary by its cosine. Layer norm leaves nothing
+        # to hold the weights before it against decay: at 5e-3 (rate 0.1) it fell to chance.
+        training=TrainConfig(
+            epochs=150, learning_rate=0.05, weight_decay=1e-3, polish_steps=100, log_every=20
+        ),
     ),
     "digits-judge": Recipe(
         purpose="judge: another architecture, other weights, trained on the real digits only",

@@ -171,6 +171,23 @@ def test_dropout_of_the_attention_is_off() -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_layer_norm_hides_the_scale_of_what_it_reads() -> None:
+    """Euler: ⟨θ, ∇L⟩ = 0 over all that writes into the residual stream, whatever λ."""
+    network = torchvision_vit().double()
+    for module in network.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.0
+    names = ("conv_proj", "class_token", "pos_embedding", "out_proj", "mlp.3")
+    writers = {k: p for k, p in network.named_parameters() if any(n in k for n in names)}
+    for parameter in writers.values():
+        nn.init.normal_(parameter)
+    found = weighted_gradient(network, candidates(), params=writers)
+    inner = sum((writers[k].detach() * found[k]).sum() for k in writers)
+    size = sum(found[k].norm() * writers[k].norm() for k in writers)
+    assert abs(inner) < 1e-10 * size
+    assert residuals(network, candidates(), params=writers).stationarity >= 1.0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype: torch.dtype) -> None:
