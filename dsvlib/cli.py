@@ -109,6 +109,27 @@ def refresh(preset: Preset = "quick", only: Only = None) -> None:
         print(f"{name} refreshed")
 
 
+@notebooks.command("run")
+def run_one(
+    name: Annotated[str, typer.Argument(help="A notebook, by number or name.")],
+    preset: Preset = "quick",
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
+) -> None:
+    """Run one notebook whether it is up to date or not: what a rule of the Snakefile calls."""
+    if threads is not None and threads < 1:
+        raise RequestError(f"--threads: expected a whole number ≥ 1, got {threads}")
+    from dsvlib.presets import plan
+    from dsvlib.reproduce import run_notebook
+
+    (job,) = plan(preset, only=[name], device=device, data_root=data_root)
+    flags = [f"--device {device}" if device else "", "--data-root PATH" if data_root else ""]
+    run_id = os.environ.get("DSV_RUN_ID")  # of the run that holds this checkout, if there is one
+    if run_notebook(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
+        raise DsvError(f"{job.notebook} failed; the reason is above")
+
+
 @notebooks.command()
 def check() -> None:
     """Say what is wrong with the committed notebooks; nothing is changed."""

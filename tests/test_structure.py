@@ -32,7 +32,7 @@ FLOORS = (
     ("zoo", "figures"),
     ("run",),
     ("presets", "wall"),
-    ("claims",),
+    ("claims", "graph"),
     ("reproduce",),
     ("notebook_files",),
     ("cli",),
