@@ -12,8 +12,9 @@ import os
 import shlex
 import sys
 
+from dsvlib.files import checkpoints_folder
 from dsvlib.graph import mark, options, sources, stamp
-from dsvlib.presets import notebook_names, plan
+from dsvlib.presets import plan
 from dsvlib.run import figures_root, repository_root
 
 PRESET = config.get("preset", "quick")
@@ -29,10 +30,9 @@ if not config.get("marked") and not workflow.remote_exec:
     mark(JOBS.values())
 
 # all that are there, and those of the bundled digits, which can be trained anew without a download
-CHECKPOINTS = sorted(
-    {"digits-convnet", "digits-convnet-shuffled", "digits-judge"}
-    | set(glob_wildcards("data/checkpoints/{name}.safetensors").name)
-)
+CHECKPOINTS = os.path.relpath(checkpoints_folder(), repository_root())
+SHIPPED = {"digits-convnet", "digits-convnet-shuffled", "digits-judge"}
+SHIPPED |= {path.stem for path in checkpoints_folder().glob("*.safetensors")}
 DSV = f"{shlex.quote(sys.executable)} -m dsvlib.cli"
 
 
@@ -57,7 +57,7 @@ rule notebook:
         ancient("notebooks/{notebook}.ipynb"),
         ancient("notebooks/presets.yml"),
         ancient(sources()),
-        ancient(expand("data/checkpoints/{name}.safetensors", name=CHECKPOINTS)),
+        ancient(expand(f"{CHECKPOINTS}/{{name}}.safetensors", name=sorted(SHIPPED))),
     output:
         "build/{preset}/{notebook}.done",
     params:
@@ -73,7 +73,7 @@ rule notebook:
 
 rule checkpoint:
     output:
-        "data/checkpoints/{name}.safetensors",
+        f"{CHECKPOINTS}/{{name}}.safetensors",
     wildcard_constraints:
         name="digits-.*",
     shell:
