@@ -77,6 +77,10 @@ def reproduce(
         for job in todo:
             if job not in stale:
                 echo(f"{job.notebook} · up to date (--force runs it again)")
+        if len(stale) > 1:
+            known = [s for s in map(expected_seconds, stale) if s]
+            rest = f", {len(stale) - len(known)} unknown" if len(known) < len(stale) else ""
+            echo(f"forecast: {duration(sum(known) / jobs)} for {len(stale)} notebooks{rest}")
         if stale:
             threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or _cores()) // jobs)
             try:

@@ -13,8 +13,24 @@ from dsvlib import cli
 from dsvlib.claims import CLAIMS, Verdict, claim_rows, fill_claims, write_claims
 from dsvlib.run import DsvError, RecordError, RequestError, Run
 
-PAPER_IDS = """DSV-F1 DSV-T1 DSV-F2a DSV-F2b DSV-F3 DSV-T2 DSV-F4 DSV-F5 DSV-F6 DSV-F6e DSV-F7 DSV-F10
-DSV-C1 PDD-T1 PDD-F2 PDD-F3""".split()
+PAPER_IDS = [
+    "DSV-F1",
+    "DSV-T1",
+    "DSV-F2a",
+    "DSV-F2b",
+    "DSV-F3",
+    "DSV-T2",
+    "DSV-F4",
+    "DSV-F5",
+    "DSV-F6",
+    "DSV-F6e",
+    "DSV-F7",
+    "DSV-F10",
+    "DSV-C1",
+    "PDD-T1",
+    "PDD-F2",
+    "PDD-F3",
+]
 
 
 @pytest.fixture(autouse=True)

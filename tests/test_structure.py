@@ -32,8 +32,9 @@ FLOORS = (
     ("zoo", "figures"),
     ("run",),
     ("presets", "wall"),
-    ("claims", "graph"),
+    ("claims", "graph", "downloads"),
     ("reproduce",),
+    ("forecast",),
     ("notebook_files",),
     ("cli",),
 )
