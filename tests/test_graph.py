@@ -23,7 +23,7 @@ from dsvlib.files import PACKAGE
 from dsvlib.graph import mark, stamp
 from dsvlib.presets import plan
 from dsvlib.reproduce import reproduce
-from dsvlib.run import DsvError, RecordError, read_record
+from dsvlib.run import DsvError, read_record
 
 TABLE = """
 import pandas as pd
@@ -49,7 +49,7 @@ def snakemake(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("profile", "threads"), [("slurm", "4"), ("kubernetes", "2")])
+@pytest.mark.parametrize(("profile", "threads"), [("slurm", ""), ("kubernetes", "2")])
 def test_profile_plans_the_notebooks_and_the_ledger(
     checkout: Path, profile: str, threads: str
 ) -> None:
@@ -60,7 +60,8 @@ def test_profile_plans_the_notebooks_and_the_ledger(
     said = done.stdout + done.stderr
     assert re.search(r"^notebook +1$", said, re.MULTILINE), said
     assert re.search(r"^ledger +1$", said, re.MULTILINE)
-    assert f"threads: {threads}" in said
+    assert "mem_mb=4096" in said
+    assert not threads or f"threads: {threads}" in said
     assert not re.search(r"^checkpoint ", said, re.MULTILINE), "shipped ones are not trained anew"
 
 
@@ -112,10 +113,12 @@ def test_two_run_side_by_side_with_divided_threads(
     shown = 'import os, time; print("threads", os.environ["OMP_NUM_THREADS"])'
     for name in ("01_line", "02_more"):
         body = BODY.replace("01_line", name)
-        meet = (
-            f'open("../{name}.here", "w").close()\nwhile not all(os.path.exists(f"../{{n}}.here")'
-        )
-        meet += ' for n in ("01_line", "02_more")): time.sleep(0.1)'
+        meet = f"""
+from pathlib import Path
+Path("../{name}.here").touch()
+while not all(Path(f"../{{other}}.here").exists() for other in ("01_line", "02_more")):
+    time.sleep(0.1)
+"""
         write_notebook(checkout, name, shown, meet, body, END)  # each waits for the other
     write_presets(checkout, quick={"timeout_s": 200})
     said: list[str] = []
@@ -160,11 +163,8 @@ def test_killed_five_times_at_random_it_ends_in_the_same_tables(checkout: Path) 
         time.sleep(draw.uniform(0, 15))
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
-        for folder in folders:  # what is there is whole, or says that it is not
-            try:
-                read_record(folder)
-            except RecordError as error:
-                assert "record.json is missing" in str(error)
+        for folder in folders:  # a record that is there stands for whole files
+            assert not (folder / "record.json").exists() or read_record(folder)
     assert reproduce(jobs=2, echo=lambda _: None)
     assert [(f / name).read_bytes() for f in folders for name in names] == expected
 
