@@ -25,6 +25,7 @@ import yaml
 from dsvlib.claims import write_claims
 from dsvlib.files import PACKAGE, atomic_path
 from dsvlib.graph import mark, schedule, stamp
+from dsvlib.graph import up_to_date as up_to_date
 from dsvlib.presets import Job, plan
 from dsvlib.run import (
     DsvError,
