@@ -118,6 +118,27 @@ def refresh(preset: Preset = "quick", only: Only = None) -> None:
         print(f"{name} refreshed")
 
 
+@notebooks.command("run")
+def run_one(
+    name: Annotated[str, typer.Argument(help="A notebook, by number or name.")],
+    preset: Preset = "quick",
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
+) -> None:
+    """Run one notebook whether it is up to date or not: what a rule of the Snakefile calls."""
+    if threads is not None and threads < 1:
+        raise RequestError(f"--threads: expected a whole number ≥ 1, got {threads}")
+    from dsvlib.presets import plan
+    from dsvlib.reproduce import run_notebook
+
+    (job,) = plan(preset, only=[name], device=device, data_root=data_root)
+    flags = [f"--device {device}" if device else "", "--data-root PATH" if data_root else ""]
+    run_id = os.environ.get("DSV_RUN_ID")  # of the run that holds this checkout, if there is one
+    if run_notebook(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
+        raise DsvError(f"{job.notebook} failed; the reason is above")
+
+
 @notebooks.command()
 def student() -> None:
     """Write the student editions: the committed notebooks without solutions and outputs."""
@@ -330,16 +351,22 @@ def _write_solution(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has: versions, device, memory, disk, shipped classifiers."""
+def doctor(
+    preset: Preset = "quick",
+    data_root: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
+) -> None:
+    """Say what this machine has, what a preset still lacks, and what it will cost."""
     import platform
 
     import psutil  # type: ignore[import-untyped]
     import torch
 
     from dsvlib.files import checkpoints_folder
+    from dsvlib.forecast import data_needed, forecast, total
+    from dsvlib.presets import plan
     from dsvlib.run import repository_root
 
+    todo = plan(preset, data_root=None if data_root is None else str(data_root))
     gib = 2**30
     cuda = torch.cuda.is_available()
     shipped = sorted(path.stem for path in checkpoints_folder().glob("*.safetensors"))
@@ -352,10 +379,18 @@ def doctor() -> None:
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "memory": f"{psutil.virtual_memory().available / gib:.1f} GiB free",
         "disk": f"{free / gib:.1f} GiB free",
-        "classifiers": ", ".join(shipped) or "none",
+        "classifiers": ", ".join(shipped) or "none; run dsv train --all",
     }
+    lines |= {f"data {k}": v for k, v in data_needed(todo, data_root).items()}
     for name, value in lines.items():
         print(f"{name:12} {value}")
+    if free < gib:
+        print(f"{'':12} less than 1 GiB free: runs may fail; make clean frees what they left")
+    print(f"\nforecast for dsv reproduce --preset {preset} (recorded runs, other machines differ):")
+    expected = forecast(todo)
+    for entry in expected:
+        print(f"{entry.notebook:32} {entry}")
+    print(f"{'together, one after another':32} {total(expected)}")
     if not shipped:
         raise DsvError("no shipped classifier found; restore data/checkpoints from the repository")
 
@@ -370,13 +405,53 @@ def _torchvision() -> str:
     return str(torchvision.__version__)
 
 
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data sets.")]
+DataName = Annotated[list[str] | None, typer.Argument(help="Data sets; see dsv data list.")]
+
+
 @data.command("list")
-def list_data() -> None:
-    """List the data sets that load_dataset knows."""
+def list_data(root: DataRoot = None) -> None:
+    """List the data sets that load_dataset knows, and which of them are here."""
+    from dsvlib.downloads import CLASSES, FOLDERS, archives, default_root, state
+
+    where = root or default_root()
     print("digits         bundled, works offline (the default)")
-    for name in ("cifar10", "cifar100", "svhn", "mnist", "fashion_mnist"):
-        print(f"{name:14} downloaded on first use, with checksum")
+    for name in CLASSES:
+        words = sorted({state(archive, where) for archive in archives(name)})
+        fix = "" if words == ["whole"] else f"; dsv data fetch {name}, or on first use"
+        print(f"{name:14} {', '.join(words)}{fix}")
+    for name in FOLDERS:
+        there = (where / name / "train").is_dir()
+        print(f"{name:14} {'present' if there else f'missing: a folder of images in {where}'}")
     print("folder:PATH    your own: PATH/train/<class>/* and PATH/test/<class>/*")
+
+
+@data.command("fetch")
+def fetch_data(names: DataName = None, root: DataRoot = None) -> None:
+    """Download data sets, checked; a download that broke off goes on where it stopped."""
+    from dsvlib.downloads import archives, default_root, fetch
+
+    if not names:
+        raise RequestError("expected the NAME of a data set; dsv data list shows them")
+    for files in [archives(name) for name in names]:  # every name is known before the first byte
+        fetch(files, root or default_root(), echo=typer.echo)
+
+
+@data.command("verify")
+def verify_data(names: DataName = None, root: DataRoot = None) -> None:
+    """Check the files of data sets against their checksums; all that are here by default."""
+    from dsvlib.downloads import CLASSES, FOLDERS, archives, default_root, state, verify
+
+    where = root or default_root()
+    here = [n for n in CLASSES if any(state(a, where) != "missing" for a in archives(n))]
+    here += [name for name in FOLDERS if (where / name).is_dir()]
+    wrong = []
+    for name in names or ["digits", *here]:
+        whole, text = verify(name, where)
+        typer.echo(f"{name:14} {'whole' if whole else 'NOT WHOLE'} · {text}")
+        wrong += [] if whole else [name]
+    if wrong:
+        raise DsvError(f"{', '.join(wrong)}: not whole; the lines above say what to do")
 
 
 if __name__ == "__main__":

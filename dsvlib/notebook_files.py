@@ -15,8 +15,9 @@ from typing import Any
 
 from dsvlib.claims import fill_claims
 from dsvlib.files import atomic_path
+from dsvlib.graph import up_to_date
 from dsvlib.presets import notebook_names, plan, read_parameters, read_presets
-from dsvlib.reproduce import exclusive, up_to_date
+from dsvlib.reproduce import exclusive
 from dsvlib.run import DsvError, code_cells, digest, library_digest, repository_root
 from dsvlib.wall import fill_results
 

@@ -1,6 +1,7 @@
 """Running notebooks under papermill: one process each, nothing trusted but its record.
 
-plan (`dsvlib.presets`) → execute → verify the record → figure wall (`dsvlib.wall`).
+plan (`dsvlib.presets`) → graph (`dsvlib.graph`: Snakemake decides the order) → one notebook
+(`run_notebook`: execute, verify the record) → figure wall and claim ledger.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from typing import Any
 
 import yaml
 
+from dsvlib.claims import write_claims
 from dsvlib.files import PACKAGE, atomic_path
+from dsvlib.graph import mark, schedule, stamp
+from dsvlib.graph import up_to_date as up_to_date
 from dsvlib.presets import Job, plan
 from dsvlib.run import (
     DsvError,
     RecordError,
     RequestError,
-    code_digest,
     digest,
     explain,
     figures_root,
@@ -42,8 +45,6 @@ class _Running:
     job: Job
     run_id: str
     process: subprocess.Popen[bytes]
-    position: str
-    retried: bool = False
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -61,7 +62,7 @@ def reproduce(
     force: bool = False,
     echo: Callable[[str], object] = print,
 ) -> bool:
-    """Run a preset's notebooks, `jobs` at a time, and rebuild its figure wall.
+    """Run a preset's notebooks, `jobs` at a time, and rebuild its figure wall and claim ledger.
 
     Notebooks whose figures are whole and made by the same code and parameters are left alone
     unless `force`. Returns whether every notebook succeeded; the reasons have been echoed.
@@ -70,26 +71,42 @@ def reproduce(
     if jobs < 1:
         raise RequestError(f"--jobs: expected a whole number ≥ 1, got {jobs}")
     todo = plan(preset, only=only, device=device, data_root=data_root)
-    flags = [f"--device {device}" if device else "", "--data-root PATH" if data_root else ""]
     run_id = uuid.uuid4().hex
-    failures: list[str] = []
     with exclusive(run_id), _stoppable():
         _check_writable()
-        stale = [job for job in todo if force or not up_to_date(job)]
+        stale = mark(todo, force=force)
         for job in todo:
             if job not in stale:
                 echo(f"{job.notebook} · up to date (--force runs it again)")
-        try:
-            for failure in _execute(stale, run_id, jobs, " ".join(filter(None, flags)), echo):
-                failures.append(failure)
-        finally:
-            end_processes(run_id)
-            for job in stale:
-                _remove_staging(job)
+        if len(stale) > 1:
+            known = [s for s in map(expected_seconds, stale) if s]
+            rest = f", {len(stale) - len(known)} unknown" if len(known) < len(stale) else ""
+            echo(f"forecast: {duration(sum(known) / jobs)} for {len(stale)} notebooks{rest}")
+        if stale:
+            threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or _cores()) // jobs)
+            try:
+                schedule(
+                    stale,
+                    run_id=run_id,
+                    jobs_at_once=jobs,
+                    threads=threads,
+                    device=device,
+                    data_root=data_root,
+                    echo=echo,
+                )
+            finally:
+                end_processes(run_id)
+                for job in stale:
+                    _remove_staging(job)
         write_wall(preset)
+        if preset != "smoke":  # which is no result
+            try:
+                write_claims(preset)
+            except RecordError as error:
+                echo(f"no claim ledger: {error}")
     if values := summary([job.directory for job in todo]):
         echo(values)
-    return not failures
+    return all(stamp(job).is_file() for job in todo)
 
 
 def _check_writable() -> None:
@@ -101,21 +118,6 @@ def _check_writable() -> None:
         probe.unlink()
 
 
-def up_to_date(job: Job) -> bool:
-    """Return whether this checkout ran the job with this code and these parameters, and whole.
-
-    Committed figures are not enough: a fresh clone makes its own, which is what it is for.
-    """
-    if not job.build(".ipynb").is_file():
-        return False
-    try:
-        record = read_record(job.directory)
-    except RecordError:
-        return False
-    same = record["request"] == digest(job.parameters)
-    return same and record["code"] == code_digest(job.notebook)
-
-
 def expected_seconds(job: Job) -> float | None:
     """Return how long the job took last time, else what the preset says, else None."""
     with suppress(RecordError):
@@ -123,47 +125,49 @@ def expected_seconds(job: Job) -> float | None:
     return job.expected_s
 
 
-def _execute(
-    todo: Sequence[Job], run_id: str, jobs: int, flags: str, echo: Callable[[str], object]
-) -> Iterator[str]:
-    """Run the jobs and yield one message per failure."""
-    from tqdm import tqdm
+def run_notebook(
+    job: Job,
+    *,
+    threads: int | None = None,
+    flags: str = "",
+    run_id: str | None = None,
+    echo: Callable[[str], object] = print,
+) -> str:
+    """Run one notebook to its end and return why it failed, or an empty text.
 
-    def say(text: str) -> None:
-        with tqdm.external_write_mode():
-            echo(text)
-
-    waiting = [(job, f"[{i}/{len(todo)}] {job.notebook}") for i, job in enumerate(todo, 1)]
-    running: list[_Running] = []
-    bar = tqdm(total=len(todo), disable=not sys.stderr.isatty(), leave=False, unit="notebook")
-    with bar:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                job, position = waiting.pop(0)
-                expected = expected_seconds(job)
-                say(f"{position} · expected {_duration(expected) if expected else 'unknown'}")
-                running.append(_start(job, f"{run_id}-{job.notebook}", position, jobs, flags))
-            for run in list(running):
-                if run.process.poll() is None and run.seconds < run.job.timeout_s:
-                    continue
-                running.remove(run)
-                if not run.retried and _never_began(run):
-                    say(f"{run.position} · the kernel did not start, trying once more")
-                    again = _start(run.job, run.run_id, run.position, jobs, flags)
-                    again.retried = True
-                    running.append(again)
-                    continue
-                reason = _verdict(run)
-                state = f"FAILED after {_duration(run.seconds)}: {reason}" if reason else ""
-                say(f"{run.position} · {state or f'done in {_duration(run.seconds)}'}")
-                bar.update()
-                if reason:
-                    yield reason
-            bar.set_postfix_str(", ".join(f"{r.job.notebook} {r.seconds:.0f} s" for r in running))
-            time.sleep(0.1)
+    What a rule of the graph calls. `flags` are the options to repeat in the figures' command.
+    Without the `run_id` of a run that holds this checkout, the checkout is shared with other
+    notebooks of the graph and refused to whole runs meanwhile.
+    """
+    if run_id is None:
+        run_id = uuid.uuid4().hex
+        with exclusive(run_id, shared=True), _stoppable():
+            try:
+                return run_notebook(job, threads=threads, flags=flags, run_id=run_id, echo=echo)
+            finally:
+                end_processes(run_id)
+                _remove_staging(job)
+    stamp(job).unlink(missing_ok=True)
+    expected = expected_seconds(job)
+    echo(f"{job.notebook} · expected {duration(expected) if expected else 'unknown'}")
+    for retry in (True, False):
+        run = _start(job, f"{run_id}-{job.notebook}", threads or _cores(), flags)
+        with suppress(subprocess.TimeoutExpired):
+            run.process.wait(job.timeout_s)
+        if not (retry and _never_began(run)):
+            break
+        echo(f"{job.notebook} · the kernel did not start, trying once more")
+    reason = _verdict(run)
+    if reason:
+        echo(f"{job.notebook} · FAILED after {duration(run.seconds)}: {reason}")
+    else:
+        with atomic_path(stamp(job)) as temporary:
+            temporary.write_text(read_record(job.directory)["finished"] + "\n", encoding="utf-8")
+        echo(f"{job.notebook} · done in {duration(run.seconds)}")
+    return reason
 
 
-def _start(job: Job, run_id: str, position: str, jobs: int, flags: str) -> _Running:
+def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
     """Start papermill on one notebook in a process group of its own."""
     root = repository_root()
     output, log, parameters = map(job.build, (".ipynb", ".log", ".parameters.yml"))
@@ -172,14 +176,13 @@ def _start(job: Job, run_id: str, position: str, jobs: int, flags: str) -> _Runn
     parameters.write_text(yaml.safe_dump(job.parameters, allow_unicode=True), encoding="utf-8")
     command = f"dsv reproduce --preset {job.preset} --only {job.notebook} {flags}".strip()
     context = {"request": digest(job.parameters), "command": command, "started": time.time()}
-    threads = str(max(1, int(os.environ.get("OMP_NUM_THREADS") or _cores()) // jobs))
     env = os.environ | {
         "DSV_RUN_ID": run_id,
         "DSV_RUN_CONTEXT": json.dumps(context),
         "DSV_ROOT": str(root),
         "DSV_FIGURES": str(figures_root().absolute()),
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         # threads that wait by spinning make a busy machine several times slower
         "OMP_WAIT_POLICY": "PASSIVE",
         "MPLBACKEND": "agg",
@@ -199,7 +202,7 @@ def _start(job: Job, run_id: str, position: str, jobs: int, flags: str) -> _Runn
         process = subprocess.Popen(
             arguments, cwd=root, env=env, stdout=stream, stderr=stream, start_new_session=True
         )
-    return _Running(job, run_id, process, position)
+    return _Running(job, run_id, process)
 
 
 def _cores() -> int:
@@ -234,7 +237,7 @@ def _verdict(run: _Running) -> str:
     status = run.process.poll()
     if status is None:
         end_processes(run.run_id)
-        return f"no end after {_duration(run.job.timeout_s)}, its time limit; log: {log}"
+        return f"no end after {duration(run.job.timeout_s)}, its time limit; log: {log}"
     for cell in _executed_cells(run.job) if status else ():
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
@@ -283,9 +286,10 @@ def _remove_staging(job: Job) -> None:
 
 
 @contextmanager
-def exclusive(run_id: str) -> Iterator[None]:
+def exclusive(run_id: str, *, shared: bool = False) -> Iterator[None]:
     """Hold this checkout; the lock dies with its process, so that kill -9 leaves none behind.
 
+    `shared` lets other shared holders in, and keeps a whole run out.
     Raises DsvError if another process holds it, or where the system has no such locks.
     """
     try:
@@ -300,11 +304,15 @@ def exclusive(run_id: str) -> Iterator[None]:
         lock.seek(0)
         pid, _, earlier = lock.read().partition(" ")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
+            who = f"dsv (process {pid})" if pid else "dsv or snakemake"
             raise DsvError(
-                f"another dsv (process {pid}) is running in this checkout; wait for it or stop it"
+                f"another {who} is running in this checkout; wait for it or stop it"
             ) from None
+        if shared:
+            yield
+            return
         if earlier:  # its owner was killed; the kernels that it left behind would write here too
             end_processes(earlier)
         lock.truncate(0)
@@ -332,7 +340,8 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as people say it, such as ``2 min 5 s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0)

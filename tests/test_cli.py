@@ -43,7 +43,8 @@ def test_help_names_every_command_without_heavy_imports() -> None:
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines()[-1] == "set()"
-    for command in ("reproduce", "notebooks", "train", "synthesize", "doctor", "data", "site"):
+    commands = ("reproduce", "claims", "notebooks", "train", "synthesize", "doctor", "data", "site")
+    for command in commands:
         assert command in result.stdout
 
 
@@ -53,6 +54,12 @@ def test_help_names_every_command_without_heavy_imports() -> None:
         (["reproduce", "--prest", "quick"], "--prest"),
         (["reproduce", "--preset", "quik"], "did you mean 'quick'"),
         (["reproduce", "--jobs", "two"], "--jobs"),
+        (["reproduce", "--only", "77"], "unknown notebook '77'"),
+        (["notebooks", "run", "77"], "unknown notebook '77'"),
+        (["notebooks", "run", "04", "--threads", "0"], "--threads"),
+        (["claims", "--scale", "quik"], "did you mean 'quick'"),
+        (["doctor", "--preset", "quik"], "did you mean 'quick'"),
+        (["doctor", "--data-root", "no/such/folder"], "--data-root: expected a folder"),
         (["nonsense"], "nonsense"),
         (["site", "--preset", "quik"], "did you mean 'quick'"),
         (
@@ -249,10 +256,23 @@ def test_synthesis_that_fails_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
 
 
-def test_doctor_and_data_list(capsys: pytest.CaptureFixture[str]) -> None:
-    run("doctor")
+def test_doctor_says_what_is_missing_and_what_it_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("doctor", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
-    assert "memory" in printed
+    for word in ("python", "device", "threads", "memory", "disk"):
+        assert re.search(rf"^{word} +\S", printed, re.MULTILINE), word
+    missing = f"data cifar10-jpeg missing: copy train/<class>/* and test/<class>/* to {tmp_path}"
+    assert missing in printed
+    assert re.search(r"^04_coresets +(up to date|.* (min|s) on \d cores?)", printed, re.MULTILINE)
+    assert re.search(r"^together, .* for \d+ notebooks", printed, re.MULTILINE)
+    (tmp_path / "cifar10-jpeg" / "train").mkdir(parents=True)
+    assert run("doctor", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
+    assert "data cifar10-jpeg present" in capsys.readouterr().out
+
+
+def test_data_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "list") == 0
     assert "digits" in capsys.readouterr().out

@@ -8,9 +8,10 @@ import nbformat
 import pytest
 from checkout import BODY, END, make_checkout, publish, write_notebook
 
+from dsvlib.graph import up_to_date
 from dsvlib.notebook_files import check_notebooks, refresh_notebooks
 from dsvlib.presets import notebook_names, plan
-from dsvlib.reproduce import reproduce, up_to_date
+from dsvlib.reproduce import reproduce
 from dsvlib.run import DsvError
 
 

@@ -1,7 +1,7 @@
 """Running notebooks: trusted only for a fresh and whole record, and nothing left running.
 
-What a kernel's end means is tested with stand-ins for papermill; one test starts a real kernel, and
-those marked slow start many and kill some.
+What a kernel's end means is tested with stand-ins for papermill and a plain loop for Snakemake; one
+test starts both for real, and those marked slow start many and kill some.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from checkout import BODY, END, make_checkout, publish, write_notebook, write_pr
 
 from dsvlib import reproduce as module
 from dsvlib.files import PACKAGE
+from dsvlib.graph import stamp, up_to_date
 from dsvlib.presets import Job, plan
-from dsvlib.reproduce import reproduce, up_to_date
+from dsvlib.reproduce import reproduce
 from dsvlib.run import DsvError, RequestError, read_record
 
 
@@ -39,6 +40,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a kernel was started")
 
     monkeypatch.setattr(module, "_start", refuse)
+    monkeypatch.setattr(module, "schedule", refuse)
 
 
 @pytest.mark.usefixtures("no_kernel")
@@ -116,7 +118,7 @@ def papermill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     ) -> list[str]:
         ids: list[str] = []
 
-        def start(job: Job, run_id: str, position: str, *_: object) -> module._Running:
+        def start(job: Job, run_id: str, *_: object) -> module._Running:
             ids.append(run_id)
             log = job.build(".log")
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +126,16 @@ def papermill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             act(job, run_id)
             env = os.environ | {"DSV_RUN_ID": run_id}
             process = subprocess.Popen(["sh", "-c", command], env=env, start_new_session=True)
-            return module._Running(job, run_id, process, position)
+            return module._Running(job, run_id, process)
+
+        def loop(
+            jobs: list[Job], *, run_id: str, echo: Callable[[str], object], **_: object
+        ) -> None:
+            for job in jobs:
+                module.run_notebook(job, run_id=run_id, echo=echo)
 
         monkeypatch.setattr(module, "_start", start)
+        monkeypatch.setattr(module, "schedule", loop)
         return ids
 
     return stand_in
@@ -187,7 +196,8 @@ def test_only_a_fresh_and_whole_record_counts(
     papermill(lambda job, run_id: publish(job, run_id if job.notebook == "02_more" else "old"))
     said.clear()
     assert not reproduce(force=True, jobs=2, echo=said.append)
-    assert any("[2/2] 02_more · done" in line for line in said), "one failure stops no other"
+    assert any("02_more · done" in line for line in said), "one failure stops no other"
+    assert not stamp(plan()[0]).exists()
     papermill(publish)
     assert reproduce(force=True, echo=said.append)
 

@@ -1,0 +1,140 @@
+"""The graph: classifiers → notebooks → claim ledger → site, scheduled by Snakemake (``Snakefile``).
+
+Digests decide what is out of date, not file times, which a checkout or a copy changes. A stamp,
+``build/<preset>/<notebook>.done``, stands exactly where a notebook is up to date: it is what
+Snakemake sees. Figures and records are no outputs in its sense, since Snakemake deletes outputs
+before a rule runs and after it failed, and what was published earlier has to stay whole.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsvlib.files import PACKAGE, atomic_path
+from dsvlib.presets import Job
+from dsvlib.run import (
+    LAUNCHERS,
+    DsvError,
+    RecordError,
+    code_digest,
+    digest,
+    read_record,
+    repository_root,
+    write_json,
+)
+
+
+def up_to_date(job: Job) -> bool:
+    """Return whether this checkout ran the job with this code and these parameters, and whole.
+
+    Committed figures are not enough: a fresh clone makes its own, which is what it is for.
+    """
+    if not job.build(".ipynb").is_file():
+        return False
+    try:
+        record = read_record(job.directory)
+    except RecordError:
+        return False
+    same = record["request"] == digest(job.parameters)
+    return same and record["code"] == code_digest(job.notebook)
+
+
+def stamp(job: Job) -> Path:
+    """Return the file that says to Snakemake that the job is up to date."""
+    return job.build(".done")
+
+
+def mark(jobs: Iterable[Job], *, force: bool = False) -> list[Job]:
+    """Put a stamp where a job is up to date, take it away elsewhere; return the stale jobs."""
+    stale = []
+    for job in jobs:
+        if force or not up_to_date(job):
+            stamp(job).unlink(missing_ok=True)
+            stale.append(job)
+        elif not stamp(job).is_file():
+            with atomic_path(stamp(job)) as temporary:
+                temporary.write_text("found up to date\n", encoding="utf-8")
+    return stale
+
+
+def sources() -> list[str]:
+    """Return the files of dsvlib that can change a number, and the lock."""
+    found = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in LAUNCHERS)
+    lock = repository_root() / "requirements.lock"
+    return [os.path.relpath(p, repository_root()) for p in (*found, lock) if p.is_file()]
+
+
+def schedule(
+    jobs: Sequence[Job],
+    *,
+    run_id: str,
+    jobs_at_once: int,
+    threads: int,
+    device: str | None,
+    data_root: str | None,
+    echo: Callable[[str], object],
+) -> None:
+    """Let Snakemake run `jobs`, `jobs_at_once` at a time with `threads` each, and echo its lines.
+
+    A job that failed has no stamp afterwards. The caller holds the checkout, so that Snakemake's
+    own lock, which survives a kill, is not needed.
+    """
+    from tqdm import tqdm
+
+    root = repository_root()
+    snakefile = root / "Snakefile"
+    if not snakefile.is_file():  # DSV_ROOT may name a folder with notebooks only
+        snakefile = PACKAGE.parent / "Snakefile"
+    if not snakefile.is_file():
+        raise DsvError("expected the repository's Snakefile, found none; run in a git checkout")
+    config, log = root / "build" / "graph.json", root / "build" / "snakemake.log"
+    asked = {"preset": jobs[0].preset, "device": device, "data_root": data_root}
+    write_json(config, asked | {"threads": threads, "marked": True})
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile)]
+    command += ["--directory", str(root), "--configfile", str(config), "--nolock"]
+    command += ["--cores", str(jobs_at_once * threads), "--rerun-incomplete", "--keep-going"]
+    command += ["--rerun-triggers", "mtime", "--quiet", "all", "--"]
+    command += [os.path.relpath(stamp(job), root) for job in jobs]
+    env = os.environ | {
+        "DSV_RUN_ID": run_id,
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    position = {job.notebook: f"[{i}/{len(jobs)}] " for i, job in enumerate(jobs, 1)}
+    heard: set[str] = set()
+    bar = tqdm(total=len(jobs), disable=not sys.stderr.isatty(), leave=False, unit="notebook")
+    with log.open("w", encoding="utf-8") as errors, bar:
+        process: subprocess.Popen[str] = subprocess.Popen(
+            command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=errors, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        for line in process.stdout or ():
+            notebook, _, rest = line.rstrip().partition(" · ")
+            if notebook in position:
+                with tqdm.external_write_mode():
+                    echo(f"{position[notebook]}{line.rstrip()}")
+                heard.add(notebook)
+                bar.update(rest.startswith(("done", "FAILED")))
+        status = process.wait()
+    for job in jobs:
+        if job.notebook not in heard and not stamp(job).is_file():
+            last = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+            reason = last[-1] if last else "no message"
+            echo(
+                f"{position[job.notebook]}{job.notebook} · FAILED: not started, snakemake ended "
+                f"with status {status}: {reason}; log: {os.path.relpath(log, root)}"
+            )
+
+
+def options(config: dict[str, Any]) -> list[str]:
+    """Return the options of `dsv notebooks run` that a configuration of the graph asks for."""
+    words = []
+    for key in ("device", "data_root"):
+        if config.get(key):
+            words += [f"--{key.replace('_', '-')}", str(config[key])]
+    return words

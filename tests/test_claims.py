@@ -1,0 +1,172 @@
+"""The ledger: numbers and verdicts come from whole records, and nothing is left out."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from checkout import END, make_checkout, write_notebook, write_presets
+
+from dsvlib import cli
+from dsvlib.claims import CLAIMS, Verdict, claim_rows, fill_claims, write_claims
+from dsvlib.run import DsvError, RecordError, RequestError, Run
+
+PAPER_IDS = [
+    "DSV-F1",
+    "DSV-T1",
+    "DSV-F2a",
+    "DSV-F2b",
+    "DSV-F3",
+    "DSV-T2",
+    "DSV-F4",
+    "DSV-F5",
+    "DSV-F6",
+    "DSV-F6e",
+    "DSV-F7",
+    "DSV-F10",
+    "DSV-C1",
+    "PDD-T1",
+    "PDD-F2",
+    "PDD-F3",
+]
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_checkout(tmp_path, monkeypatch)
+
+
+def publish(notebook: str, table: pd.DataFrame, caption: str = "", preset: str = "quick") -> Path:
+    run = Run.start(notebook, preset=preset, seed=0)
+    run.record("DSV-F6", "judge_soft_labels_rank_p_b", 0.93, std=0.02, seeds=range(3))
+    run.record("DSV-F2b", "pearson_gradient", 0.5, n=8, paper=0.783)
+    run.record("DSV-T1", "gain_gradient_field_1", 2.5, std=1.0, n=5, unit="points", paper=2.57)
+    run.record("EXT-new", "anything", 4.0)
+    run.save_table(table, "verdicts", caption=caption)
+    run.complete()
+    return run.directory
+
+
+def row(claim: str, preset: str = "quick"):
+    return next(row for row in claim_rows(preset) if row.id == claim)
+
+
+def test_claim_without_a_run_is_red_and_never_missing() -> None:
+    rows = claim_rows()
+    assert [r.id for r in rows if r.group == "papers"] == PAPER_IDS
+    assert {r.verdict for r in rows} == {Verdict.NOT_ATTEMPTED}
+    assert all(r.reason and r.where and r.statement and r.tolerance and r.paper for r in rows)
+    table = fill_claims("<!-- claims quick -->\nstale words\n<!-- /claims -->")
+    assert table.count("🔴 **not attempted**") == len(rows)
+    assert "stale words" not in table
+    assert fill_claims(table) == table
+
+
+def test_no_verdict_is_typed_into_the_data_file() -> None:
+    text = CLAIMS.read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.lstrip().startswith(("verdict:", "values:")):
+            assert not any(word in line for word in ("reproduced", "partly", "not attempted"))
+
+
+def test_verdict_and_reason_come_from_the_published_table() -> None:
+    table = pd.DataFrame({"claim": ["DSV-F6"], "ours": ["rank 0.93"], "verdict": ["reproduced"]})
+    folder = publish("08_latent_labels", table)
+    got = row("DSV-F6")
+    assert got.verdict is Verdict.REPRODUCED
+    assert got.reason == "rank 0.93 (reproduced)"
+    assert got.measured == "judge soft labels rank p b 0.93 ± 0.02 (n = 3)"
+    assert row("DSV-F3").verdict is Verdict.NOT_ATTEMPTED
+    (folder / "verdicts.csv").write_text("claim,ours,verdict\nDSV-F6,x,not reproduced\n")
+    with pytest.raises(RecordError, match=r"verdicts\.csv was changed after the run"):
+        claim_rows()
+
+
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [
+        (["reproduced", "reproduced"], Verdict.REPRODUCED),
+        (["reproduced", "not reproduced"], Verdict.PARTLY),
+        (["undecided", "undecided"], Verdict.NOT_REPRODUCED),
+        (["partly", "partly"], Verdict.PARTLY),
+        (["who knows", ""], Verdict.NOT_ATTEMPTED),
+    ],
+)
+def test_rows_are_taken_together(words: list[str], verdict: Verdict) -> None:
+    methods = ["DSV gradient"] * 2 + ["DSV NNLS"]  # the rule of DSV-T1 leaves the last one out
+    table = pd.DataFrame({"multipliers": methods, "gain": 1, "verdict": [*words, "partly"]})
+    publish("04_coresets", table)
+    assert row("DSV-T1").verdict is verdict
+
+
+def test_verdict_in_a_caption_and_smoke_is_no_result(checkout: Path) -> None:
+    table = pd.DataFrame({"quantity": ["ρ"], "ours": [0.5], "check": ["within"]})
+    publish("03_lambda_vs_accuracy", table, "DSV-F2b: partly.")
+    assert row("DSV-F2b").verdict is Verdict.PARTLY
+    assert row("DSV-F2b").reason == "ρ, 0.5, within"
+    write_presets(checkout, smoke={})
+    publish("03_lambda_vs_accuracy", table, "DSV-F2b: reproduced.", preset="smoke")
+    smoke = row("DSV-F2b", "smoke")
+    assert smoke.verdict is Verdict.NOT_ATTEMPTED
+    assert "everything runs" in smoke.reason
+
+
+def test_unlisted_claim_of_a_record_is_shown(checkout: Path) -> None:
+    publish("04_coresets", pd.DataFrame({"claim": ["EXT-new"], "verdict": ["shown"]}))
+    got = row("EXT-new")
+    assert (got.group, got.verdict, got.notebook) == ("ours", Verdict.REPRODUCED, "04_coresets")
+
+
+def test_files_of_the_ledger_keep_numbers_as_numbers(checkout: Path) -> None:
+    write_notebook(checkout, "08_latent_labels", END)
+    table = pd.DataFrame({"claim": ["DSV-F6"], "ours": ["a | b"], "verdict": ["partly"]})
+    publish("08_latent_labels", table)
+    csv_path, md_path = write_claims()
+    lines = list(csv.DictReader(csv_path.open(encoding="utf-8")))
+    (line,) = (x for x in lines if x["claim"] == "DSV-F6")
+    assert (float(line["value"]), float(line["std"]), line["seeds"]) == (0.93, 0.02, "0 1 2")
+    assert {x["claim"] for x in lines} >= set(PAPER_IDS)
+    text = md_path.read_text(encoding="utf-8")
+    assert r"🟡 **partly**: a \| b" in text
+    assert "[08](../../notebooks/08_latent_labels.ipynb)" in text
+    assert str(checkout) not in text
+
+
+def test_bad_requests_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RequestError, match="unknown preset 'quik'; did you mean 'quick'"):
+        claim_rows("quik")
+    folder = publish("04_coresets", pd.DataFrame({"verdict": ["partly"]}))
+    (folder / "record.json").write_text("{ half")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["claims"])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "record.json cannot be read" in line
+    assert "run dsv reproduce --preset quick --only 04_coresets" in line
+    broken = tmp_path / "claims.yml"
+    for text, message in [
+        ("papers: [", "expected 'papers' and 'ours'"),
+        ("papers: {X: {wher: a}}\nours: {}", "unknown key of claims.yml: X 'wher'"),
+        ("papers: {X: {verdict: {colum: a}}}\nours: {}", "'colum'; did you mean 'column'"),
+    ]:
+        broken.write_text(text)
+        monkeypatch.setattr("dsvlib.claims.CLAIMS", broken)
+        with pytest.raises(DsvError, match=message):
+            claim_rows()
+
+
+def test_command_prints_every_claim(capsys: pytest.CaptureFixture[str]) -> None:
+    publish(
+        "08_latent_labels", pd.DataFrame({"claim": ["DSV-F6"], "o": ["x"], "verdict": ["partly"]})
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["claims", "--scale", "quick"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"{claim} " in printed for claim in PAPER_IDS)
+    assert "1 partly" in printed
+    assert "figures/claims/quick.csv" in printed

@@ -1,0 +1,166 @@
+"""Downloads from a server on this machine: resumed where they broke off, never half taken."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from dsvlib import cli, downloads
+from dsvlib.downloads import Archive, fetch, folder_digest, state, verify
+from dsvlib.run import DsvError, RequestError
+
+CONTENT = bytes(range(256)) * 2000
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT; `breaks_after` bytes the line goes dead, `ranges` says if it knows Range."""
+
+    breaks_after: int | None = None
+    ranges = True
+    content = CONTENT
+    asked: list[str | None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.server.asked.append(wanted)
+        begin = int(wanted[6:-1]) if wanted and self.server.ranges else 0
+        body = self.server.content[begin:]
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.server.breaks_after])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server(("127.0.0.1", 0), Handler)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def archive(server: Server) -> Archive:
+    return Archive("sub/file.bin", (f"http://127.0.0.1:{server.server_port}/file.bin",), MD5)
+
+
+def test_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+    file, said = archive(server), []
+    server.breaks_after = 100_000
+    with pytest.raises(DsvError, match="what came so far is kept; run it again"):
+        fetch([file], tmp_path, echo=said.append)
+    assert state(file, tmp_path) == "broken off"
+    assert not (tmp_path / file.path).exists()
+    server.breaks_after = None
+    fetch([file], tmp_path, echo=said.append)
+    assert server.asked == [None, "bytes=100000-"]
+    assert (tmp_path / file.path).read_bytes() == CONTENT
+    assert state(file, tmp_path) == "whole"
+    fetch([file], tmp_path, echo=said.append)
+    assert said[-1] == "sub/file.bin · already whole"
+    assert len(server.asked) == 2
+
+
+def test_server_without_ranges_starts_anew(server: Server, tmp_path: Path) -> None:
+    file = archive(server)
+    part = tmp_path / "sub" / "file.bin.part"
+    part.parent.mkdir()
+    part.write_bytes(CONTENT[:500])
+    server.ranges = False
+    fetch([file], tmp_path, echo=lambda _: None)
+    assert (tmp_path / file.path).read_bytes() == CONTENT
+
+
+def test_wrong_content_is_not_kept_and_damage_is_repaired(server: Server, tmp_path: Path) -> None:
+    file = archive(server)
+    server.content = b"something else"
+    with pytest.raises(DsvError, match=f"another MD5 than {MD5}"):
+        fetch([file], tmp_path, echo=lambda _: None)
+    assert state(file, tmp_path) == "missing"
+    (tmp_path / file.path).write_bytes(b"damaged")
+    assert state(file, tmp_path) == "damaged"
+    server.content = CONTENT
+    fetch([file], tmp_path, echo=lambda _: None)
+    assert state(file, tmp_path) == "whole"
+
+
+def test_offline_says_where_to_put_the_file(tmp_path: Path) -> None:
+    file = Archive("file.bin", ("http://127.0.0.1:9/file.bin",), MD5)
+    with pytest.raises(DsvError, match=r"offline copy the file to .*file\.bin"):
+        fetch([file], tmp_path, echo=lambda _: None)
+
+
+def test_full_disk_is_one_sentence_and_keeps_the_part(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(downloads, "_download", full)
+    with pytest.raises(DsvError, match="No space left on device; free space"):
+        fetch([archive(server)], tmp_path, echo=lambda _: None)
+
+
+@pytest.mark.parametrize("name", downloads.CLASSES)
+def test_every_set_has_addresses_and_checksums(name: str) -> None:
+    for file in downloads.archives(name):
+        assert file.urls
+        assert all(url.startswith("http") for url in file.urls)
+        assert len(file.md5) == 32
+
+
+def test_folder_digest_sees_names_and_contents(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / "a" / "1.png").write_bytes(b"x")
+    count, first = folder_digest(tmp_path)
+    assert count == 2
+    assert verify(f"folder:{tmp_path}", tmp_path) == (
+        True,
+        f"2 files, sha256 of the listing {first}",
+    )
+    (tmp_path / "train" / "a" / "1.png").write_bytes(b"y")
+    changed = folder_digest(tmp_path)[1]
+    (tmp_path / "train" / "a" / "1.png").rename(tmp_path / "train" / "a" / "2.png")
+    assert len({first, changed, folder_digest(tmp_path)[1]}) == 3
+    assert not verify("cifar10-jpeg", tmp_path)[0]
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*words: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["data", *words])
+        return int(ended.value.code or 0)
+
+    root = ["--root", str(tmp_path)]
+    with pytest.raises(RequestError, match="did you mean 'cifar10'"):
+        downloads.archives("cifar1O")
+    assert run("fetch", "cifar1O", *root) == 2
+    assert run("fetch", *root) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+    assert run("verify", "cifar10", *root) == 1
+    printed = capsys.readouterr()
+    assert "cifar-10-python.tar.gz is missing; run dsv data fetch cifar10" in printed.out
+    assert printed.err == "dsv: cifar10: not whole; the lines above say what to do\n"
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half")
+    assert run("verify", *root) == 1
+    assert "damaged" in capsys.readouterr().out
+    assert run("verify", "digits", *root) == 0
+    assert run("list", *root) == 0
+    assert "cifar10        damaged; dsv data fetch cifar10" in capsys.readouterr().out

@@ -1,0 +1,185 @@
+"""Snakemake runs the notebooks: side by side, and after every way of dying it ends the same.
+
+Dry-runs show what the profiles ask for. Those marked slow start kernels and kill them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkout import BODY, END, make_checkout, publish, write_notebook, write_presets
+
+from dsvlib import graph
+from dsvlib.files import PACKAGE
+from dsvlib.graph import mark, stamp
+from dsvlib.presets import plan
+from dsvlib.reproduce import reproduce
+from dsvlib.run import DsvError, read_record
+
+TABLE = """
+import pandas as pd
+run.save_table(pd.DataFrame({"x": range(steps)}), "numbers")
+"""
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_checkout(tmp_path, monkeypatch)
+
+
+def snakemake(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(PACKAGE.parent / "Snakefile")]
+    env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    return subprocess.run(
+        [*command, "--directory", str(root), *words],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("profile", "threads"), [("slurm", ""), ("kubernetes", "2")])
+def test_profile_plans_the_notebooks_and_the_ledger(
+    checkout: Path, profile: str, threads: str
+) -> None:
+    write_notebook(checkout, "02_more", END)
+    publish(plan()[0])
+    done = snakemake(checkout, "-n", "--profile", str(PACKAGE.parent / "profiles" / profile))
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert re.search(r"^notebook +1$", said, re.MULTILINE), said
+    assert re.search(r"^ledger +1$", said, re.MULTILINE)
+    assert "mem_mb=4096" in said
+    assert not threads or f"threads: {threads}" in said
+    assert not re.search(r"^checkpoint ", said, re.MULTILINE), "shipped ones are not trained anew"
+
+
+def test_stamps_follow_digests_and_not_times(checkout: Path) -> None:
+    write_notebook(checkout, "02_more", END)
+    jobs = plan()
+    folder = publish(jobs[0])
+    assert mark(jobs) == jobs[1:]
+    assert stamp(jobs[0]).is_file()
+    os.utime(checkout / "notebooks" / "01_line.ipynb")  # as a checkout does
+    assert mark(jobs) == jobs[1:]
+    assert mark(jobs, force=True) == jobs
+    mark(jobs)
+    (folder / "line.csv").write_text("x")
+    (folder / "record.json").write_text("{")
+    assert mark(jobs) == jobs
+    assert not stamp(jobs[0]).exists()
+
+
+def test_sources_leave_out_what_cannot_change_a_number() -> None:
+    names = {Path(path).name for path in graph.sources()}
+    assert "synthesis.py" in names
+    assert not names & {"graph.py", "claims.py", "cli.py", "reproduce.py"}
+
+
+def test_without_a_snakefile_is_one_sentence(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "PACKAGE", checkout / "elsewhere" / "dsvlib")
+    with pytest.raises(DsvError, match="Snakefile, found none"):
+        reproduce(echo=lambda _: None)
+
+
+def test_snakemake_that_does_not_start_is_reported(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "Snakefile").write_text("raise WorkflowError('no such luck')\n")
+    said: list[str] = []
+    assert not reproduce(echo=said.append)
+    assert "[1/1] 01_line · FAILED: not started, snakemake ended with status 1" in said[-1]
+    assert "log: build/snakemake.log" in said[-1]
+
+
+@pytest.mark.slow
+def test_two_run_side_by_side_with_divided_threads(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    shown = 'import os, time; print("threads", os.environ["OMP_NUM_THREADS"])'
+    for name in ("01_line", "02_more"):
+        body = BODY.replace("01_line", name)
+        meet = f"""
+from pathlib import Path
+Path("../{name}.here").touch()
+while not all(Path(f"../{{other}}.here").exists() for other in ("01_line", "02_more")):
+    time.sleep(0.1)
+"""
+        write_notebook(checkout, name, shown, meet, body, END)  # each waits for the other
+    write_presets(checkout, quick={"timeout_s": 200})
+    said: list[str] = []
+    assert reproduce(jobs=2, echo=said.append), said
+    assert sum("· done in" in line for line in said) == 2
+    for job in plan():
+        assert "threads 2" in job.build(".ipynb").read_text()
+    assert reproduce(jobs=2, echo=said.append)
+    assert sum("up to date" in line for line in said) == 2
+
+
+@pytest.mark.slow
+def test_plain_snakemake_runs_notebook_and_ledger_and_then_nothing(checkout: Path) -> None:
+    done = snakemake(checkout, "--cores", "2", "--config", "preset=smoke")
+    assert done.returncode == 0, done.stderr
+    assert "01_line · done in" in done.stdout
+    assert read_record(checkout / "figures" / "smoke" / "01_line")
+    assert (checkout / "figures" / "claims" / "smoke.csv").is_file()
+    again = snakemake(checkout, "--cores", "2", "--config", "preset=smoke")
+    assert again.returncode == 0
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_killed_five_times_at_random_it_ends_in_the_same_tables(checkout: Path) -> None:
+    steps = [f"import time; time.sleep(0.3)  # {i}" for i in range(5)]
+    write_notebook(checkout, "01_line", BODY, *steps, TABLE, END)
+    write_notebook(checkout, "02_more", BODY.replace("01_line", "02_more"), TABLE, *steps, END)
+    assert reproduce(jobs=2, echo=lambda _: None)
+    folders = [job.directory for job in plan()]
+    names = ("numbers.csv", "line.png")
+    expected = [(f / name).read_bytes() for f in folders for name in names]
+    shutil.rmtree(checkout / "figures")
+    shutil.rmtree(checkout / "build")
+    command = [sys.executable, "-m", "dsvlib.cli", "reproduce", "--jobs", "2"]
+    env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    draw = random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()  # past the start, into the run
+        time.sleep(draw.uniform(0, 15))
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        for folder in folders:  # a record that is there stands for whole files
+            assert not (folder / "record.json").exists() or read_record(folder)
+    assert reproduce(jobs=2, echo=lambda _: None)
+    assert [(f / name).read_bytes() for f in folders for name in names] == expected
+
+
+@pytest.mark.slow
+def test_full_disk_fails_in_a_sentence_and_the_next_run_goes_on(checkout: Path) -> None:
+    folder = plan()[0].directory
+    assert reproduce(echo=lambda _: None)
+    before = read_record(folder)
+    full = "from dsvlib import files\ndef no(*_): raise OSError(28, 'No space left on device')\n"
+    write_notebook(checkout, "01_line", full + "files.os.fsync = no", BODY, END)
+    said: list[str] = []
+    assert not reproduce(echo=said.append)
+    assert any("No space left on device; free space" in line for line in said), said
+    assert read_record(folder) == before
+    write_notebook(checkout, "01_line", BODY, TABLE, END)
+    assert reproduce(echo=said.append)
+    assert "numbers.csv" in read_record(folder)["files"]
