@@ -144,6 +144,11 @@ def _records(preset: str) -> dict[str, tuple[Path, dict[str, Any]]]:
     return found
 
 
+def claim_ids() -> set[str]:
+    """Return the ids of all claims that a notebook may name."""
+    return {claim.id for claim in _read_claims()}
+
+
 def _read_claims() -> list[_Claim]:
     try:
         content = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))

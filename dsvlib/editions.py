@@ -14,12 +14,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dsvlib.files import atomic_path
 from dsvlib.presets import notebook_names
 from dsvlib.run import DsvError, explain, repository_root
 
 EXERCISE = ("exercise", "solution", "test")
-FIGURES = "build/student"  # a student's own run never takes the place of a published one
+# A student's own run never takes the place of a published one.
+APART = """from dsvlib.run import repository_root
+
+os.environ["DSV_FIGURES"] = str(repository_root() / "build" / "student")"""
+FETCH = """import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("dsvlib") is None:  # Colab starts without the repository
+    clone = ["git", "clone", "--depth", "1", "https://github.com/OWNER/NAME", "dsvlib-repository"]
+    subprocess.run(clone, check=True)
+    sys.path.insert(0, os.path.abspath("dsvlib-repository"))
+
+"""
 
 
 def tags(cell: Any) -> list[str]:
@@ -31,7 +47,8 @@ def student_copy(notebook: Any, name: str) -> Any:
     """Return the student edition of a notebook called `name`; `notebook` itself is left as it is.
 
     Solutions, outputs and the digests of a run are gone; stubs, tests and hints stay. A line at the
-    top says where the copy comes from, and a cell below it keeps its figures apart.
+    top says where the copy comes from; the cell below it keeps its figures apart and, on Colab,
+    fetches the repository.
     """
     import nbformat
 
@@ -44,11 +61,7 @@ def student_copy(notebook: Any, name: str) -> Any:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     about = nbformat.v4.new_markdown_cell(_header(name), id="student-about")
-    apart = nbformat.v4.new_code_cell(
-        "import os\n\nfrom dsvlib.run import repository_root\n\n"
-        f'os.environ["DSV_FIGURES"] = str(repository_root() / "{FIGURES}")',
-        id="student-figures",
-    )
+    apart = nbformat.v4.new_code_cell(_setup(), id="student-setup")
     student.cells[1:1] = [about, apart]
     return student
 
@@ -63,24 +76,36 @@ def _header(name: str) -> str:
     )
 
 
-def launch_links(name: str) -> dict[str, str]:
-    """Return where a student edition can be run in a browser: Binder and Colab.
+def _setup() -> str:
+    """Return the code that a copy starts with."""
+    repository = repository_code()
+    return (FETCH.replace("OWNER/NAME", repository) if repository else "import os\n\n") + APART
 
-    Both derive from the one address in CITATION.cff, `repository-code`; without it there are none.
+
+def repository_code() -> str:
+    """Return GitHub's ``owner/name`` from `repository-code` in CITATION.cff, or an empty text.
+
+    All links to the repository derive from this one line.
     """
     path = repository_root() / "CITATION.cff"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    found = re.search(
-        r"^repository-code:\s*[\"']?https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?[\"']?\s*$",
-        text,
-        re.MULTILINE,
-    )
-    if not found:
+    citation = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    address = str(citation.get("repository-code") or "")
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", address)
+    if address and not found:
+        raise DsvError(
+            f"CITATION.cff: repository-code: expected https://github.com/OWNER/NAME, got {address}"
+        )
+    return found[1] if found else ""
+
+
+def launch_links(name: str) -> dict[str, str]:
+    """Return where a student edition runs in a browser; nothing if no repository is named."""
+    repository, file = repository_code(), f"notebooks/student/{name}.ipynb"
+    if not repository:
         return {}
-    file = f"notebooks/student/{name}.ipynb"
     return {
-        "Binder": f"https://mybinder.org/v2/gh/{found[1]}/HEAD?labpath={file}",
-        "Colab": f"https://colab.research.google.com/github/{found[1]}/blob/HEAD/{file}",
+        "Binder": f"https://mybinder.org/v2/gh/{repository}/HEAD?labpath={file}",
+        "Colab": f"https://colab.research.google.com/github/{repository}/blob/HEAD/{file}",
     }
 
 

@@ -10,10 +10,12 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dsvlib.claims import fill_claims
+from dsvlib.claims import claim_ids, fill_claims
+from dsvlib.editions import exercise_problems, student_problems
 from dsvlib.files import atomic_path
 from dsvlib.graph import up_to_date
 from dsvlib.presets import notebook_names, plan, read_parameters, read_presets
@@ -22,6 +24,8 @@ from dsvlib.run import DsvError, code_cells, digest, library_digest, repository_
 from dsvlib.wall import fill_results
 
 MAX_CELL_LINES = 40
+MAX_CELLS, MAX_WORDS = 80, 4500  # beyond, a notebook is two
+CLAIM = re.compile(r"\b(?:DSV|PDD|EXT|TEACH)-[A-Z0-9]\w*")
 PROGRESS = re.compile(r"\d%\||\d(it|s)/(s|it)\b|\dit \[")
 PRIVATE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|private|mnt|opt|usr|var|work)/\S+")
 
@@ -132,6 +136,8 @@ def check_notebooks() -> list[str]:
             problems.append(str(error).split("\n")[0])
             continue
         problems += [f"{name}: {problem}" for problem in _check_notebook(path, notebook)]
+    with suppress(DsvError):  # a notebook that cannot be read is listed above
+        problems += student_problems()
     readme = repository_root() / "README.md"
     if readme.is_file() and (text := readme.read_text(encoding="utf-8")) != fill_tables(text):
         problems.append("README.md: its results are not those recorded; run dsv notebooks refresh")
@@ -154,6 +160,14 @@ def _check_notebook(path: Path, notebook: Any) -> Iterator[str]:
         yield "papermill's cell or metadata is in it; run dsv notebooks refresh"
     if not any(".complete()" in cell.source for cell in code[-1:]):
         yield "expected the last code cell to call run.complete()"
+    yield from _check_claims(notebook)
+    yield from exercise_problems(notebook)
+    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type != "code")
+    if len(notebook.cells) > MAX_CELLS or words > MAX_WORDS:
+        yield (
+            f"has {len(notebook.cells)} cells and {words} words; expected at most {MAX_CELLS} and "
+            f"{MAX_WORDS}, make two of it"
+        )
     for index, cell in enumerate(notebook.cells):
         where = f"cell {index}"
         if cell.cell_type != "code":
@@ -163,6 +177,26 @@ def _check_notebook(path: Path, notebook: Any) -> Iterator[str]:
             yield f"{where} has {lines} lines; expected at most {MAX_CELL_LINES}, move code out"
         for output in cell.outputs:
             yield from (f"{where} {problem}" for problem in _check_output(output))
+
+
+def _check_claims(notebook: Any) -> Iterator[str]:
+    """Say which claims the header (all above the first code cell) lacks or names wrongly."""
+    text: dict[bool, str] = {True: "", False: ""}
+    above = True
+    for cell in notebook.cells:
+        above = above and cell.cell_type != "code"
+        if above or cell.cell_type == "code":
+            text[above] += cell.source + "\n"
+    named = set(CLAIM.findall(text[True]))
+    if not named:
+        yield "its header names no claim; say which claim of claims.yml it is about"
+        return
+    if unknown := sorted(named - claim_ids()):
+        yield f"its header names {unknown}; expected claims of claims.yml, add or correct them"
+    # a part of a claim, DSV-F5a, may be recorded where the header names the whole
+    recorded = {claim for claim in CLAIM.findall(text[False]) if not claim.startswith(tuple(named))}
+    if recorded:
+        yield f"its header does not name {sorted(recorded)}, which its code records"
 
 
 def _check_output(output: Any) -> Iterator[str]:

@@ -47,7 +47,7 @@ def write_notebook(root: Path, name: str, *sources: str, parameters: str = PARAM
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "x", "language": "python"}
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    notebook.cells = [nbformat.v4.new_markdown_cell(f"# {name}"), first, *cells]
+    notebook.cells = [nbformat.v4.new_markdown_cell(f"# {name}\n\nDSV-F1"), first, *cells]
     path = root / "notebooks" / f"{name}.ipynb"
     nbformat.write(notebook, path)
     return path

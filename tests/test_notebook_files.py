@@ -96,6 +96,10 @@ def test_check_notebooks_finds_each_problem(checkout: Path) -> None:
     path = write_notebook(checkout, "01_line", "\n".join(["x = 1"] * 41), "pass")
     notebook = nbformat.read(path, as_version=4)
     output = nbformat.v4.new_output
+    notebook.cells[0].source = "# About DSV-F99"
+    notebook.cells[3].source = 'run.record("DSV-F5a", "x", 1)'
+    notebook.cells.append(nbformat.v4.new_code_cell("1", metadata={"tags": ["solution"]}))
+    notebook.cells += [nbformat.v4.new_markdown_cell("word " * 60) for _ in range(80)]
     notebook.cells[2].outputs = [
         output("stream", text="saved in /home/someone/x.png"),
         output("error", ename="ValueError", evalue="", traceback=[]),
@@ -111,10 +115,32 @@ def test_check_notebooks_finds_each_problem(checkout: Path) -> None:
         "image without alt text",
         "shows an SVG",
         "call run.complete()",
+        "header names ['DSV-F99']; expected claims of claims.yml",
+        "header does not name ['DSV-F5a']",
+        "does not belong to an exercise",
+        "has 85 cells and 4803 words",
         "not of the present code",
         "02_broken.ipynb: expected a Jupyter notebook",
     ):
         assert expected in problems
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [
+        ("no claim", "header names no claim"),
+        ("DSV-F1 alone", "does not name ['DSV-F5a']"),
+        ("DSV-F1 and DSV-F5, of which F5a is a part", ""),
+    ],
+)
+def test_the_header_names_what_the_code_records(header: str, problem: str, checkout: Path) -> None:
+    path = write_notebook(checkout, "01_line", 'run.record("DSV-F5a", "x", 1)', END)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source = header
+    nbformat.write(notebook, path)
+    problems = [p for p in check_notebooks() if "header" in p]
+    assert len(problems) == bool(problem)
+    assert problem in "".join(problems)
 
 
 @pytest.mark.slow
