@@ -6,19 +6,19 @@ nor by a reader's browser: style, scripts and MathJax lie in ``site/_static``.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from dsvlib import pages
+from dsvlib.claims import claim_rows
 from dsvlib.notebook_files import normalise
 from dsvlib.presets import notebook_names, plan, read_presets
 from dsvlib.reproduce import up_to_date
@@ -98,12 +98,12 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
             _write(
                 source / "wall" / f"{name}.md", text + lead + pages.wall(figures, titles, up="../")
             )
-    claims = _claims(preset)
+    claims, hero = claim_rows(preset), _first_figure(own)
     template = (repository_root() / "site" / "index.md").read_text(encoding="utf-8")
     parts = {
-        "hero": _hero(own),
+        "hero": f'<div class="hero">{pages.card(hero)}</div>' if hero else "",
         "verdicts": pages.verdict_summary(claims),
-        "wall": pages.wall(own, titles),
+        "wall": pages.wall(own, titles, shown=hero),
         "walls": others,
         "notebooks": [f"notebooks/{name}" for name in titles],
     }
@@ -112,17 +112,10 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
     _write(source / "claims.md", pages.fill(template, {"ledger": pages.ledger(claims, titles)}))
 
 
-def _hero(figures: dict[str, Any]) -> str:
-    """Return the picture on top: the first figure of the first notebook that has one."""
-    first = next(figure for content in figures.values() if isinstance(content, list)
-                 for figure in content)  # fmt: skip
-    alt = escape(" ".join(first.sidecar["alt"].split()))
-    return f'<p class="hero"><img src="{escape(first.picture)}" alt="{alt}"></p>'
-
-
-def _claims(preset: str) -> Sequence[pages.Claim]:
-    """Return the ledger's lines; `dsvlib.claims` makes them."""
-    return importlib.import_module("dsvlib.claims").claim_rows(preset)
+def _first_figure(figures: Mapping[str, list[pages.Figure] | RecordError]) -> pages.Figure | None:
+    """Return the picture for the top of the site: the first notebook's first."""
+    lists = [content for content in figures.values() if isinstance(content, list)]
+    return next((figure for content in lists for figure in content), None)
 
 
 def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:

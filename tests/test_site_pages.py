@@ -324,7 +324,7 @@ def built(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         (html / "index.html").write_text("new")
 
     monkeypatch.setattr(site, "_sphinx", sphinx)
-    monkeypatch.setattr(site, "_claims", lambda preset: ROWS)
+    monkeypatch.setattr(site, "claim_rows", lambda preset: ROWS)
     return seen
 
 
@@ -332,6 +332,7 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
     checkout: Path, built: dict[str, str]
 ) -> None:
     publish()
+    publish("02_more")
     publish(preset="smoke")
     assert set(read_presets()) == {"quick", "smoke"}
     said: list[str] = []
@@ -345,7 +346,9 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
         "extra/figures/quick/01_line/line_one.png",
         "extra/notebooks/01_line.ipynb",
     } <= set(built)
-    assert 'src="figures/quick/01_line/line_one.png"' in built["index.md"]
+    for name in ("01_line", "02_more"):  # the first is on top, and not on the wall once more
+        assert built["index.md"].count(f'src="figures/quick/{name}/line_one.png"') == 1
+    assert built["index.md"].index("01_line/line_one.png") < built["index.md"].index("What holds")
     assert "notebooks/01_line" in built["index.md"]
     assert "badge-quick" in built["notebooks/01_line.ipynb"]
     assert not [text for text in built.values() if str(checkout) in text]
