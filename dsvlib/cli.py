@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +127,29 @@ def check() -> None:
         print(problem)
     if problems:
         raise DsvError(f"{len(problems)} problems in the notebooks; they are listed above")
+
+
+@app.command()
+def claims(
+    scale: Annotated[str, typer.Option("--scale", "--preset", help="quick, cifar10 or paper.")] = (
+        "quick"
+    ),
+) -> None:
+    """Say which claims of the papers hold, from the recorded runs, and write the ledger."""
+    from dsvlib.claims import claim_rows, write_claims
+    from dsvlib.files import repository_root
+
+    rows = claim_rows(scale)
+    colours = {"reproduced": "green", "partly": "yellow"}
+    for row in rows:
+        word = typer.style(f"{row.verdict:14}", fg=colours.get(row.verdict, "red"), bold=True)
+        typer.echo(f"{row.id:9} {word} {row.measured}")
+        typer.echo(f"{'':9} {row.statement} Paper: {row.paper}.")
+        typer.echo(f"{'':9} {row.notebook or '–'} · {row.scale} · {row.reason}")
+    counts = Counter(row.verdict.value for row in rows)
+    typer.echo(", ".join(f"{count} {word}" for word, count in counts.items()))
+    for path in write_claims(scale):
+        typer.echo(os.path.relpath(path, repository_root()))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsvlib.claims import fill_claims
 from dsvlib.files import atomic_path
 from dsvlib.presets import notebook_names, plan, read_parameters, read_presets
 from dsvlib.reproduce import exclusive, up_to_date
@@ -48,10 +49,15 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
                 nbformat.write(notebook, out)
         readme = repository_root() / "README.md"
         if readme.is_file():
-            filled = fill_results(readme.read_text(encoding="utf-8"))
+            filled = fill_tables(readme.read_text(encoding="utf-8"))
             with atomic_path(readme) as temporary:
                 temporary.write_text(filled, encoding="utf-8")
     return [target.stem for target, _ in ready]
+
+
+def fill_tables(text: str) -> str:
+    """Return a README with its tables of results and claims made anew from the records."""
+    return fill_claims(fill_results(text))
 
 
 def normalise(executed: Any, source: Path) -> Any:
@@ -126,7 +132,7 @@ def check_notebooks() -> list[str]:
             continue
         problems += [f"{name}: {problem}" for problem in _check_notebook(path, notebook)]
     readme = repository_root() / "README.md"
-    if readme.is_file() and (text := readme.read_text(encoding="utf-8")) != fill_results(text):
+    if readme.is_file() and (text := readme.read_text(encoding="utf-8")) != fill_tables(text):
         problems.append("README.md: its results are not those recorded; run dsv notebooks refresh")
     try:
         for preset, content in read_presets().items():

@@ -47,8 +47,10 @@ BADGES = {
 }
 # These choose and start notebooks or read what they leave; the parameters that they hand over are
 # in the request's digest. They cannot change a number, so that editing them leaves figures fresh.
-LAUNCHERS = {"cli.py", "notebook_files.py", "presets.py", "reproduce.py", "wall.py"}
-LAUNCHERS |= {"pages.py", "site.py"}
+LAUNCHERS = {
+    *("claims.py", "cli.py", "downloads.py", "forecast.py", "graph.py", "notebook_files.py"),
+    *("pages.py", "presets.py", "reproduce.py", "site.py", "wall.py"),
+}
 
 
 class DsvError(RuntimeError):

@@ -32,6 +32,7 @@ FLOORS = (
     ("zoo", "figures"),
     ("run",),
     ("presets", "wall"),
+    ("claims",),
     ("reproduce",),
     ("notebook_files", "pages"),
     ("site",),

@@ -1,0 +1,340 @@
+"""The claim ledger: every claim of the papers, what was measured, and whether it holds.
+
+``claims.yml`` says what is claimed, where it is tested and what would count. Numbers come from the
+notebooks' records and verdicts from the tables that they publish (`read_record` checks each file),
+so that no verdict is typed in twice. A claim that has not been run is in the ledger all the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsvlib.files import PACKAGE, atomic_path
+from dsvlib.presets import notebook_names, read_presets
+from dsvlib.run import (
+    BADGES,
+    RECORD,
+    DsvError,
+    RequestError,
+    Value,
+    explain,
+    figures_root,
+    read_record,
+)
+
+CLAIMS = PACKAGE / "claims.yml"
+KEYS = {"where", "claim", "paper", "tolerance", "notebook", "values", "verdict"}
+RULE_KEYS = {"caption", "where", "column"}
+TABLES = ("verdicts", "verdict")
+
+
+class Verdict(StrEnum):
+    """What the measured numbers say about a claim."""
+
+    REPRODUCED = "reproduced"
+    PARTLY = "partly"
+    NOT_REPRODUCED = "not reproduced"
+    NOT_ATTEMPTED = "not attempted"
+
+
+# The notebooks' own words. An undecided comparison has not shown the claim; the reason says so.
+WORDS = {
+    **dict.fromkeys(("reproduced", "yes", "true", "shown"), Verdict.REPRODUCED),
+    "partly": Verdict.PARTLY,
+    **dict.fromkeys(
+        ("not reproduced", "no", "false", "not shown", "undecided"), Verdict.NOT_REPRODUCED
+    ),
+}
+
+# The word stands beside the colour: not everybody sees it, and what was not run is red as well.
+SIGNS = {
+    Verdict.REPRODUCED: "🟢",
+    Verdict.PARTLY: "🟡",
+    Verdict.NOT_REPRODUCED: "🔴",
+    Verdict.NOT_ATTEMPTED: "🔴",
+}
+COLUMNS = (
+    *("claim", "group", "where", "statement", "notebook", "preset", "scale"),
+    *("quantity", "value", "std", "n", "seeds", "unit", "paper_value"),
+    *("paper", "tolerance", "verdict", "reason"),
+)
+MARKERS = re.compile(
+    r"(?P<open><!-- claims (?P<preset>\w+) -->\n).*?(?P<close><!-- /claims -->)", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """One claim at one scale.
+
+    `group` is ``papers`` or ``ours``; `values` are the headline numbers with their n, seeds and
+    standard deviation, empty where nothing was run.
+    """
+
+    id: str
+    group: str
+    where: str
+    statement: str
+    notebook: str
+    preset: str
+    scale: str
+    values: tuple[Value, ...]
+    paper: str
+    tolerance: str
+    verdict: Verdict
+    reason: str
+
+    @property
+    def measured(self) -> str:
+        """Our values as text, each with its spread and n."""
+        return "; ".join(f"{v.name.replace('_', ' ')} {_number(v)}" for v in self.values) or "–"
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """One entry of claims.yml."""
+
+    id: str
+    group: str
+    where: str = ""
+    claim: str = ""
+    paper: str = "–"
+    tolerance: str = "the notebook's criteria"
+    notebook: str = ""
+    values: tuple[str, ...] = ()
+    verdict: Mapping[str, Any] | None = None
+
+
+def claim_rows(preset: str = "quick") -> list[ClaimRow]:
+    """Return the ledger of a preset, in the order of the papers, then our own questions.
+
+    Raises RequestError for an unknown preset, RecordError for a record that was changed or does
+    not fit its files, DsvError if claims.yml cannot be read.
+    """
+    presets = read_presets()
+    if preset not in presets:
+        raise RequestError.unknown("preset", preset, presets)
+    claims = _read_claims()
+    records = _records(preset)
+    listed = {claim.id for claim in claims}
+    for notebook, (_, record) in records.items():  # what a notebook records is never left out
+        for claim in dict.fromkeys(value["claim"] for value in record["values"]):
+            if claim not in listed:
+                listed.add(claim)
+                claims.append(_Claim(claim, "ours", where="our own", notebook=notebook))
+    return [_row(claim, preset, presets[preset]["omit"], records) for claim in claims]
+
+
+def _records(preset: str) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return the whole runs of a preset; a record that is there must be sound."""
+    found = {}
+    for directory in sorted(figures_root().joinpath(preset).glob("*/")):
+        if (directory / RECORD).exists():
+            found[directory.name] = directory, read_record(directory)
+    return found
+
+
+def _read_claims() -> list[_Claim]:
+    try:
+        content = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
+        claims = []
+        for group in ("papers", "ours"):
+            for name, entry in content[group].items():
+                for key in entry:
+                    if key not in KEYS:
+                        raise RequestError.unknown(f"key of claims.yml: {name}", str(key), KEYS)
+                for key in entry.get("verdict", {}):
+                    if key not in RULE_KEYS:
+                        where = f"key of claims.yml: {name}: verdict"
+                        raise RequestError.unknown(where, str(key), RULE_KEYS)
+                entry["values"] = tuple(entry.get("values", ()))
+                claims.append(_Claim(str(name), group, **entry))
+        return claims
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise DsvError(
+            f"claims.yml: expected 'papers' and 'ours' with one entry per claim, got {reason}"
+        ) from error
+
+
+def _row(
+    claim: _Claim,
+    preset: str,
+    omitted: Mapping[str, str],
+    records: Mapping[str, tuple[Path, dict[str, Any]]],
+) -> ClaimRow:
+    values: tuple[Value, ...] = ()
+    scale = BADGES.get(preset, preset)
+    if claim.notebook in records:
+        directory, record = records[claim.notebook]
+        scale = record["scale"]
+        values = _headline(claim, record)
+        if preset == "smoke":
+            verdict = Verdict.NOT_ATTEMPTED
+            reason = "a smoke run shows only that everything runs"
+        else:
+            verdict, reason = _verdict(claim, directory, record)
+    else:
+        verdict, reason = Verdict.NOT_ATTEMPTED, _why_not(claim, preset, omitted)
+    return ClaimRow(
+        id=claim.id,
+        group=claim.group,
+        where=claim.where,
+        statement=claim.claim,
+        notebook=claim.notebook,
+        preset=preset,
+        scale=scale,
+        values=values,
+        paper=claim.paper,
+        tolerance=claim.tolerance,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _why_not(claim: _Claim, preset: str, omitted: Mapping[str, str]) -> str:
+    if claim.notebook in omitted:
+        return f"not part of this preset: {omitted[claim.notebook]}"
+    if claim.notebook not in notebook_names():
+        return f"there is no notebook {claim.notebook} yet"
+    return f"no run yet: dsv reproduce --preset {preset} --only {claim.notebook[:2]}"
+
+
+def _headline(claim: _Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
+    """Return the values that the claim names, or else the first three recorded for it."""
+    recorded = {
+        entry["name"]: Value(**{**entry, "seeds": tuple(entry["seeds"])})
+        for entry in record["values"]
+        if entry["claim"] == claim.id
+    }
+    named = [recorded[name] for name in claim.values if name in recorded]
+    return tuple(named or list(recorded.values())[:3])
+
+
+def _verdict(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Return what the notebook's own table of verdicts says, and its numbers as the reason."""
+    rule = claim.verdict or {}
+    table = next((name for name in TABLES if f"{name}.csv" in record["files"]), None)
+    if table is None:
+        return Verdict.NOT_ATTEMPTED, f"{claim.notebook} ran and published no table of verdicts"
+    text = (directory / f"{table}.csv").read_text(encoding="utf-8")
+    lines = list(csv.DictReader(io.StringIO(text)))
+    wanted = rule.get("where", {} if rule.get("caption") else {"claim": claim.id})
+    rows = [r for r in lines if all(r.get(name) == str(v) for name, v in wanted.items())]
+    column = rule.get("column", "verdict")
+    if rule.get("caption"):
+        caption = json.loads((directory / f"{table}.json").read_text(encoding="utf-8"))["caption"]
+        found = re.search(rf"{re.escape(claim.id)}: (.+?)\.?$", caption)
+        verdicts = [_word(found.group(1))] if found else []
+    else:
+        verdicts = [_word(row.get(column) or "") for row in rows]
+    decided = [verdict for verdict in verdicts if verdict is not None]
+    if not decided:
+        return Verdict.NOT_ATTEMPTED, f"{claim.notebook} ran and gave no verdict on it"
+    # a notebook may judge parts, DSV-F5a and DSV-F5b, and the claim as a whole
+    parts = [r for r in lines if re.fullmatch(rf"{re.escape(claim.id)}[a-d]", r.get("claim") or "")]
+    return _together(decided), "; ".join(_say(row, column, wanted) for row in parts or rows)
+
+
+def _word(text: str) -> Verdict | None:
+    word = text.strip().lower()
+    if word in WORDS:
+        return WORDS[word]
+    return next((WORDS[known] for known in WORDS if word.startswith(f"{known} ")), None)
+
+
+def _together(verdicts: Sequence[Verdict]) -> Verdict:
+    return verdicts[0] if len(set(verdicts)) == 1 else Verdict.PARTLY
+
+
+def _say(row: Mapping[str, str], column: str, leave_out: Iterable[str]) -> str:
+    """Return a row of a table of verdicts as a phrase, without what the ledger says elsewhere."""
+    hidden = {*leave_out, column, "claim", "paper"}
+    cells = [_short(name, cell) for name, cell in row.items() if name not in hidden and cell]
+    word = row.get(column) or ""
+    return f"{', '.join(cells)} ({word})" if word and cells else ", ".join(cells) or word
+
+
+def _short(name: str, cell: str) -> str:
+    try:
+        number = f"{float(cell):.3g}"
+    except ValueError:
+        return cell.replace("; ", ", ")
+    return number if name in ("ours", "measured") else f"{name} {number}"
+
+
+def write_claims(preset: str = "quick") -> list[Path]:
+    """Write the ledger of a preset as ``figures/claims/<preset>.csv`` and ``.md``.
+
+    The CSV has one line per claim and headline value, so that a number stays a number.
+    """
+    rows = claim_rows(preset)
+    stem = figures_root() / "claims" / preset
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        about = [row.id, row.group, row.where, row.statement, row.notebook, row.preset, row.scale]
+        end = [row.paper, row.tolerance, row.verdict.value, row.reason]
+        for value in row.values or (None,):
+            cells = ["", "", "", "", "", "", ""]
+            if value is not None:
+                seeds = " ".join(map(str, value.seeds))
+                paper = "" if value.paper is None else f"{value.paper:.6g}"
+                std = "" if value.std is None else repr(value.std)
+                cells = [value.name, repr(value.value), std, str(value.n), seeds, value.unit, paper]
+            writer.writerow([*about, *cells, *end])
+    text = f"# Claims at preset {preset}\n\nMade by `dsv claims --scale {preset}`.\n\n"
+    written = []
+    with explain("write to", stem.parent):
+        for suffix, content in (
+            (".csv", table.getvalue()),
+            (".md", text + markdown(rows, "../../notebooks") + "\n"),
+        ):
+            path = stem.with_name(preset + suffix)
+            with atomic_path(path) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def markdown(rows: Iterable[ClaimRow], notebooks: str = "notebooks") -> str:
+    """Return the ledger as a Markdown table; `notebooks` is the way to their folder."""
+    lines = [
+        "| claim | in our words | measured | paper | counts as reproduced | verdict | notebook |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        exists = row.notebook in notebook_names()
+        link = f"[{row.notebook[:2]}]({notebooks}/{row.notebook}.ipynb)"
+        cells = [f"**{row.id}** {row.where}", row.statement, row.measured, row.paper]
+        cells += [row.tolerance, f"{SIGNS[row.verdict]} **{row.verdict}**: {row.reason}"]
+        cells.append(f"{link} · {row.scale}" if exists else "–")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def fill_claims(text: str) -> str:
+    """Return `text` with the table between each pair of claims markers made anew."""
+    return MARKERS.sub(
+        lambda marker: (
+            marker["open"] + markdown(claim_rows(marker["preset"])) + "\n" + marker["close"]
+        ),
+        text,
+    )
+
+
+def _number(value: Value) -> str:
+    spread = "" if value.std is None else f" ± {value.std:.3g}"
+    unit = f" {value.unit}" if value.unit else ""
+    return f"{value.value:.4g}{spread}{unit} (n = {value.n})"
