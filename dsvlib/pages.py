@@ -260,15 +260,15 @@ def verdict_summary(claims: Sequence[Claim]) -> str:
     return "\n".join([*parts, "</div>"])
 
 
-def ledger(claims: Sequence[Claim], titles: Mapping[str, str]) -> str:
-    """Return the ledger as HTML: one row per claim, none left out."""
+def ledger(claims: Sequence[Claim], titles: Mapping[str, str], *, up: str = "") -> str:
+    """Return the ledger as HTML: one row per claim, none left out; `up` leads to the root."""
     head = ("Claim", "Verdict", "Measured", "Paper", "Counts as reproduced")
     parts = ['<table class="ledger"><thead><tr>']
     parts += [f'<th scope="col">{name}</th>' for name in head]
     parts.append("</tr></thead><tbody>")
     for claim in claims:
         name = claim.notebook
-        link = f'<a href="notebooks/{name}.html">notebook {escape(name[:2])}</a>'
+        link = f'<a href="{up}notebooks/{name}.html">notebook {escape(name[:2])}</a>'
         run = [link] if name in titles else []
         run += [badge(claim.preset, claim.scale)] if claim.scale else []
         verdict = _verdict_of(claim)

@@ -198,7 +198,10 @@ def test_search_finds_stationarity(open_page: Any) -> None:
     page = open_page("index")
     page.fill(".sidebar-search", "stationarity")
     page.press(".sidebar-search", "Enter")
-    page.wait_for_selector("#search-results li a", timeout=20_000)
+    page.wait_for_function(  # hits come in one by one
+        "document.querySelector('.search-summary')?.textContent.includes('finished')",
+        timeout=30_000,
+    )
     hits = page.eval_on_selector_all("#search-results li > a", "links => links.map(l => l.href)")
     assert any("conditions" in hit for hit in hits), hits
     assert any("notebooks/" in hit for hit in hits), hits

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from checkout import make_checkout
+from checkout import make_checkout, write_presets
 from docutils.core import publish_doctree
 from docutils.utils import SystemMessage
 from matplotlib.figure import Figure
@@ -315,7 +315,8 @@ def built(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What Sphinx was given, by path; the fake writes one page."""
     seen: dict[str, str] = {}
 
-    def sphinx(source: Path, extra: Path, html: Path, _: Path) -> None:
+    def sphinx(work: Path) -> None:
+        source, extra, html = work / "source", work / "extra", work / "html"
         for path in sorted(p for p in source.rglob("*") if p.is_file()):
             seen[str(path.relative_to(source))] = path.read_text(encoding="utf-8")
         for path in sorted(p for p in extra.rglob("*") if p.is_file()):
@@ -368,6 +369,35 @@ def test_failed_build_leaves_the_old_site(
     with pytest.raises(DsvError, match="no"):
         site.build_site("quick", echo=lambda _: None)
     assert (html / "index.html").read_text() == "old"
+    assert [path.name for path in html.parent.iterdir()] == ["html"]
+
+
+def test_what_a_killed_build_left_is_removed(checkout: Path, built: dict[str, str]) -> None:
+    publish()
+    (checkout / "build" / "site" / "work-99999999").mkdir(parents=True)  # above any process id
+    html = site.build_site("quick", echo=lambda _: None)
+    assert [path.name for path in html.parent.iterdir()] == ["html"]
+
+
+def test_folder_that_cannot_be_written_is_one_sentence(
+    checkout: Path, built: dict[str, str]
+) -> None:
+    publish()
+    (checkout / "build").write_text("a file in the way")
+    with pytest.raises(DsvError, match=r"cannot write to .*site: .*; free space or make it"):
+        site.build_site("quick", echo=lambda _: None)
+
+
+def test_other_scales_get_a_wall_and_a_ledger(checkout: Path, built: dict[str, str]) -> None:
+    publish()
+    publish(preset="cifar10")
+    write_presets(checkout, cifar10={})
+    site.build_site("quick", echo=lambda _: None)
+    page = built["wall/cifar10.md"]
+    assert 'src="../figures/cifar10/01_line/line_one.png"' in page
+    assert 'href="../notebooks/01_line.html"' in page
+    assert "k-1" in page
+    assert "Figures: cifar10 <wall/cifar10>" in built["index.md"]
 
 
 def test_broken_run_is_said_and_the_others_are_shown(checkout: Path, built: dict[str, str]) -> None:
