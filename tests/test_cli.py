@@ -54,10 +54,6 @@ def test_help_names_every_command_without_heavy_imports() -> None:
         (["reproduce", "--jobs", "two"], "--jobs"),
         (["nonsense"], "nonsense"),
         (["site", "--preset", "quik"], "did you mean 'quick'"),
-        (
-            ["site", "--preset", "paper"],
-            "no complete run of preset 'paper' to show; run dsv",
-        ),
         (["synthesize", "--out", "x"], "--classifier"),
         (["train"], "NAME of a shipped classifier or --all"),
         (["train", "digits-judge", "--all"], "one of the two"),

@@ -18,7 +18,7 @@ from docutils.utils import SystemMessage
 from matplotlib.figure import Figure
 
 import dsvlib
-from dsvlib import pages, site
+from dsvlib import cli, pages, site
 from dsvlib.files import PACKAGE
 from dsvlib.presets import read_presets
 from dsvlib.run import DsvError, RecordError, RequestError, Run
@@ -294,12 +294,28 @@ def test_docstring_keeps_layout_and_signs() -> None:
 # --- building ------------------------------------------------------------------------------------
 
 
+def test_missing_sphinx_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DsvError, match="sphinx is missing, the site is built with it; run make"):
+        site._sphinx(tmp_path)
+
+
 def test_markers_are_filled_once_or_refused() -> None:
     assert pages.fill("a <!-- x --> b", {"x": ["1", "2"]}) == "a 1\n2 b"
     with pytest.raises(ValueError, match="expected <!-- y --> once in the page, got 0"):
         pages.fill("<!-- x -->", {"y": ""})
     with pytest.raises(ValueError, match="no part for the marker <!-- x -->"):
         pages.fill("<!-- x -->", {})
+
+
+def test_site_of_no_run_is_one_line_and_a_status(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["site", "--preset", "smoke"])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dsv: no complete run of preset 'smoke' to show; run dsv reproduce")
 
 
 def test_unknown_preset_and_preset_without_a_run_are_one_sentence(checkout: Path) -> None:
