@@ -148,9 +148,16 @@ def badge(preset: str, text: str) -> str:
 
 
 def wall(
-    figures: Mapping[str, list[Figure] | RecordError], titles: Mapping[str, str], *, up: str = ""
+    figures: Mapping[str, list[Figure] | RecordError],
+    titles: Mapping[str, str],
+    *,
+    up: str = "",
+    shown: Figure | None = None,
 ) -> str:
-    """Return all figures as HTML, notebook by notebook; `up` leads to the site's root."""
+    """Return all figures as HTML, notebook by notebook, but for one `shown` already.
+
+    `up` leads from the page to the site's root.
+    """
     parts = []
     for notebook, content in figures.items():
         title = escape(titles.get(notebook, notebook))
@@ -161,13 +168,14 @@ def wall(
             parts.append(f'<p class="broken">No complete run: {escape(str(content))}.</p>')
         else:
             parts.append('<div class="wall">')
-            parts += [_card(figure, up) for figure in content]
+            parts += [card(figure, up=up) for figure in content if figure != shown]
             parts.append("</div>")
         parts.append("</section>")
     return "\n".join(parts)  # without an empty line, which would end a block of HTML in Markdown
 
 
-def _card(figure: Figure, up: str) -> str:
+def card(figure: Figure, *, up: str = "") -> str:
+    """Return one figure with its finding, caption, badge and panel, as one line of HTML."""
     about = figure.sidecar
     picture, finding = escape(up + figure.picture), escape(_one_line(about["alt"]))
     large = escape(f"{up}{figure.folder}/{about['name']}.svg")
@@ -252,15 +260,15 @@ def verdict_summary(claims: Sequence[Claim]) -> str:
     return "\n".join([*parts, "</div>"])
 
 
-def ledger(claims: Sequence[Claim], titles: Mapping[str, str]) -> str:
-    """Return the ledger as HTML: one row per claim, none left out."""
+def ledger(claims: Sequence[Claim], titles: Mapping[str, str], *, up: str = "") -> str:
+    """Return the ledger as HTML: one row per claim, none left out; `up` leads to the root."""
     head = ("Claim", "Verdict", "Measured", "Paper", "Counts as reproduced")
     parts = ['<table class="ledger"><thead><tr>']
     parts += [f'<th scope="col">{name}</th>' for name in head]
     parts.append("</tr></thead><tbody>")
     for claim in claims:
         name = claim.notebook
-        link = f'<a href="notebooks/{name}.html">notebook {escape(name[:2])}</a>'
+        link = f'<a href="{up}notebooks/{name}.html">notebook {escape(name[:2])}</a>'
         run = [link] if name in titles else []
         run += [badge(claim.preset, claim.scale)] if claim.scale else []
         verdict = _verdict_of(claim)

@@ -6,23 +6,30 @@ nor by a reader's browser: style, scripts and MathJax lie in ``site/_static``.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsvlib import pages
+from dsvlib.claims import claim_rows
 from dsvlib.notebook_files import normalise
 from dsvlib.presets import notebook_names, plan, read_presets
 from dsvlib.reproduce import up_to_date
-from dsvlib.run import BADGES, DsvError, RecordError, RequestError, figures_root, repository_root
+from dsvlib.run import (
+    BADGES,
+    DsvError,
+    RecordError,
+    RequestError,
+    explain,
+    figures_root,
+    repository_root,
+)
 
 
 def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) -> Path:
@@ -40,22 +47,31 @@ def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) 
             f"no complete run of preset {preset!r} to show; run dsv reproduce --preset {preset}"
         )
     home = repository_root() / "build" / "site"
-    source, extra, html, doctrees = (home / n for n in ("source", "extra", "html", "doctrees"))
-    fresh = home / "html.part"
-    for folder in (source, extra, fresh, doctrees):
-        shutil.rmtree(folder, ignore_errors=True)
-    write_sources(preset, source, extra)
-    _sphinx(source, extra, fresh, doctrees)
-    shutil.rmtree(html, ignore_errors=True)
-    os.replace(fresh, html)
-    for folder in (source, extra, doctrees):
-        shutil.rmtree(folder, ignore_errors=True)
+    html, work = home / "html", home / f"work-{os.getpid()}"
+    with explain("write to", home):
+        _remove_leftovers(home)
+        try:
+            write_sources(preset, work / "source", work / "extra")
+            _sphinx(work)
+            shutil.rmtree(html, ignore_errors=True)
+            os.replace(work / "html", html)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     broken = [str(content) for content in figures.values() if isinstance(content, RecordError)]
     for problem in broken:
         echo(problem)
     count = sum(1 for _ in html.rglob("*.html"))
     echo(f"{count} pages in {os.path.relpath(html)}; open {os.path.relpath(html / 'index.html')}")
     return html
+
+
+def _remove_leftovers(home: Path) -> None:
+    """Remove what builds that were killed have left; one that runs beside this keeps its own."""
+    import psutil  # type: ignore[import-untyped]
+
+    for folder in home.glob("work-*"):
+        if not psutil.pid_exists(int(folder.name.removeprefix("work-"))):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_sources(preset: str, source: Path, extra: Path) -> None:
@@ -93,17 +109,13 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
             own = figures
         else:
             others.append(f"Figures: {name} <wall/{name}>")
-            text = f"---\nhide-toc: true\n---\n\n# Figures: {BADGES.get(name, name)}\n\n"
-            lead = f'<p class="lead">Made by <code>dsv reproduce --preset {name}</code>.</p>\n\n'
-            _write(
-                source / "wall" / f"{name}.md", text + lead + pages.wall(figures, titles, up="../")
-            )
-    claims = _claims(preset)
+            _write(source / "wall" / f"{name}.md", _wall_page(name, figures, titles))
+    claims, hero = claim_rows(preset), _first_figure(own)
     template = (repository_root() / "site" / "index.md").read_text(encoding="utf-8")
     parts = {
-        "hero": _hero(own),
+        "hero": f'<div class="hero">{pages.card(hero)}</div>' if hero else "",
         "verdicts": pages.verdict_summary(claims),
-        "wall": pages.wall(own, titles),
+        "wall": pages.wall(own, titles, shown=hero),
         "walls": others,
         "notebooks": [f"notebooks/{name}" for name in titles],
     }
@@ -112,17 +124,26 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
     _write(source / "claims.md", pages.fill(template, {"ledger": pages.ledger(claims, titles)}))
 
 
-def _hero(figures: dict[str, Any]) -> str:
-    """Return the picture on top: the first figure of the first notebook that has one."""
-    first = next(figure for content in figures.values() if isinstance(content, list)
-                 for figure in content)  # fmt: skip
-    alt = escape(" ".join(first.sidecar["alt"].split()))
-    return f'<p class="hero"><img src="{escape(first.picture)}" alt="{alt}"></p>'
+def _wall_page(
+    preset: str, figures: Mapping[str, list[pages.Figure] | RecordError], titles: dict[str, str]
+) -> str:
+    """Return the page of another scale: its wall, and below it the ledger as it stands there."""
+    return "\n\n".join(
+        [
+            f"---\nhide-toc: true\n---\n\n# Figures: {BADGES.get(preset, preset)}",
+            f'<p class="lead">Made by <code>dsv reproduce --preset {preset}</code>.</p>',
+            pages.wall(figures, titles, up="../"),
+            "## The ledger at this scale",
+            pages.ledger(claim_rows(preset), titles, up="../"),
+            "",
+        ]
+    )
 
 
-def _claims(preset: str) -> Sequence[pages.Claim]:
-    """Return the ledger's lines; `dsvlib.claims` makes them."""
-    return importlib.import_module("dsvlib.claims").claim_rows(preset)
+def _first_figure(figures: Mapping[str, list[pages.Figure] | RecordError]) -> pages.Figure | None:
+    """Return the picture for the top of the site: the first notebook's first."""
+    lists = [content for content in figures.values() if isinstance(content, list)]
+    return next((figure for content in lists for figure in content), None)
 
 
 def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:
@@ -152,11 +173,12 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _sphinx(source: Path, extra: Path, html: Path, doctrees: Path) -> None:
-    """Run sphinx-build; a warning is an error, after all of them have been shown."""
+def _sphinx(work: Path) -> None:
+    """Make ``html`` of ``source`` and ``extra``; a warning is an error once all are shown."""
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going"]
-    command += ["-c", str(repository_root() / "site"), "-d", str(doctrees)]
-    command += ["-D", f"html_extra_path={extra}", str(source), str(html)]
+    command += ["-c", str(repository_root() / "site"), "-d", str(work / "doctrees")]
+    command += ["-D", f"html_extra_path={work / 'extra'}"]
+    command += [str(work / "source"), str(work / "html")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for package in ("sphinx", "myst_nb", "furo"):
         if importlib.util.find_spec(package) is None:

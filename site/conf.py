@@ -39,6 +39,7 @@ html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = [("site.js", {"defer": "defer"})]
+html_domain_indices = False  # the reference is the index of modules
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False

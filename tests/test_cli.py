@@ -62,10 +62,6 @@ def test_help_names_every_command_without_heavy_imports() -> None:
         (["doctor", "--data-root", "no/such/folder"], "--data-root: expected a folder"),
         (["nonsense"], "nonsense"),
         (["site", "--preset", "quik"], "did you mean 'quick'"),
-        (
-            ["site", "--preset", "paper"],
-            "no complete run of preset 'paper' to show; run dsv",
-        ),
         (["synthesize", "--out", "x"], "--classifier or --architecture"),
         (["synthesize", "--out", "x", "--architecture", "mynet:build"], "--weights FILE with it"),
         (
