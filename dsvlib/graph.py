@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dsvlib.downloads import FOLDERS, default_root, folder_digest
 from dsvlib.files import PACKAGE, atomic_path
 from dsvlib.presets import Job
 from dsvlib.run import (
@@ -30,7 +32,7 @@ from dsvlib.run import (
 
 
 def up_to_date(job: Job) -> bool:
-    """Return whether this checkout ran the job with this code and these parameters, and whole.
+    """Return whether this checkout ran the job whole, with this code, these parameters and images.
 
     Committed figures are not enough: a fresh clone makes its own, which is what it is for.
     """
@@ -40,8 +42,27 @@ def up_to_date(job: Job) -> bool:
         record = read_record(job.directory)
     except RecordError:
         return False
-    same = record["request"] == digest(job.parameters)
-    return same and record["code"] == code_digest(job.notebook)
+    return record["request"] == request(job) and record["code"] == code_digest(job.notebook)
+
+
+def request(job: Job) -> str:
+    """Return the digest of the job's parameters and of the folders of images that they name.
+
+    Other data sets are bundled or come with a published checksum, so that their name is enough.
+    """
+    root = Path(job.parameters.get("data_root") or default_root())
+    folders = {
+        value: root / value if value in FOLDERS else Path(value.removeprefix("folder:"))
+        for value in job.parameters.values()
+        if isinstance(value, str) and (value in FOLDERS or value.startswith("folder:"))
+    }
+    images = {name: _images(path) for name, path in folders.items() if path.is_dir()}
+    return digest([job.parameters, images] if images else job.parameters)
+
+
+@cache  # once a process: a set of 60,000 images takes seconds
+def _images(folder: Path) -> str:
+    return folder_digest(folder)[1]
 
 
 def stamp(job: Job) -> Path:

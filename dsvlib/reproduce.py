@@ -24,14 +24,12 @@ import yaml
 
 from dsvlib.claims import write_claims
 from dsvlib.files import PACKAGE, atomic_path
-from dsvlib.graph import mark, schedule, stamp
-from dsvlib.graph import up_to_date as up_to_date
+from dsvlib.graph import mark, request, schedule, stamp
 from dsvlib.presets import Job, plan
 from dsvlib.run import (
     DsvError,
     RecordError,
     RequestError,
-    digest,
     explain,
     figures_root,
     read_record,
@@ -175,7 +173,7 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
     output.unlink(missing_ok=True)  # what an earlier run left must not speak for this one
     parameters.write_text(yaml.safe_dump(job.parameters, allow_unicode=True), encoding="utf-8")
     command = f"dsv reproduce --preset {job.preset} --only {job.notebook} {flags}".strip()
-    context = {"request": digest(job.parameters), "command": command, "started": time.time()}
+    context = {"request": request(job), "command": command, "started": time.time()}
     env = os.environ | {
         "DSV_RUN_ID": run_id,
         "DSV_RUN_CONTEXT": json.dumps(context),

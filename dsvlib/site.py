@@ -18,9 +18,9 @@ from typing import Any
 
 from dsvlib import pages
 from dsvlib.claims import claim_rows
+from dsvlib.graph import up_to_date
 from dsvlib.notebook_files import normalise
 from dsvlib.presets import notebook_names, plan, read_presets
-from dsvlib.reproduce import up_to_date
 from dsvlib.run import (
     BADGES,
     DsvError,

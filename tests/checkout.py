@@ -11,8 +11,9 @@ import nbformat
 import pytest
 import yaml
 
+from dsvlib.graph import request
 from dsvlib.presets import Job
-from dsvlib.run import Run, digest
+from dsvlib.run import Run
 
 COMMON = 'preset: str = "quick"\nseed: int = 0\ndevice: str = "auto"\ndata_root: str = ""\n'
 PARAMETERS = COMMON + "steps: int = 5  # more is better\nrate: float = 0.1\nnames: list[str] = []"
@@ -60,7 +61,7 @@ def write_presets(root: Path, **presets: Any) -> None:
 
 def publish(job: Job, run_id: str = "") -> Path:
     """Publish in this process what a kernel would have."""
-    context = {"request": digest(job.parameters), "command": "dsv", "started": time.time() - 70}
+    context = {"request": request(job), "command": "dsv", "started": time.time() - 70}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSV_RUN_CONTEXT", json.dumps(context))
         patch.setenv("DSV_RUN_ID", run_id)

@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
-from checkout import BODY, END, make_checkout, publish, write_notebook, write_presets
+from checkout import BODY, END, PARAMETERS, make_checkout, publish, write_notebook, write_presets
 
 from dsvlib import graph
 from dsvlib.files import PACKAGE
-from dsvlib.graph import mark, stamp
+from dsvlib.graph import mark, stamp, up_to_date
 from dsvlib.presets import plan
 from dsvlib.reproduce import reproduce
 from dsvlib.run import DsvError, read_record
@@ -47,6 +47,25 @@ def snakemake(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def test_other_images_under_the_same_path_make_a_run_stale(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = checkout / "pets" / "train" / "cat" / "1.jpg"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"one")
+    parameters = f'dataset: str = "folder:{checkout / "pets"}"'
+    write_notebook(checkout, "01_line", BODY, END, parameters=f"{PARAMETERS}\n{parameters}")
+    (job,) = plan()
+    publish(job)
+    assert up_to_date(job)
+    picture.write_bytes(b"two")
+    graph._images.cache_clear()  # another process would look anew
+    assert not up_to_date(job)
+    picture.write_bytes(b"one")
+    graph._images.cache_clear()
+    assert up_to_date(job), "a copy with other file times is the same data"
 
 
 @pytest.mark.parametrize(("profile", "threads"), [("slurm", ""), ("kubernetes", "2")])
