@@ -11,9 +11,10 @@ import hashlib
 import http.client
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dsvlib.run import DsvError, RequestError, explain, file_digest, repository_root
 
@@ -40,6 +41,21 @@ class Archive:
 def default_root() -> Path:
     """Return the folder where downloads live unless one says otherwise."""
     return repository_root() / "data" / "downloads"
+
+
+def data_sets(parameters: Mapping[str, Any]) -> list[str]:
+    """Return the data sets that a notebook's parameters name, also those inside of lists."""
+    found: dict[str, None] = {}
+    todo = [value for key, value in parameters.items() if key != "preset"]  # one is called cifar10
+    while todo:
+        value = todo.pop(0)
+        if isinstance(value, list):
+            todo += value
+        elif isinstance(value, str) and (
+            value in ("digits", *CLASSES, *FOLDERS) or value.startswith("folder:")
+        ):
+            found[value] = None
+    return list(found)
 
 
 def archives(name: str) -> list[Archive]:

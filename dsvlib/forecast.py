@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsvlib.downloads import FOLDERS, archives, default_root
+from dsvlib.downloads import FOLDERS, archives, data_sets, default_root
 from dsvlib.graph import up_to_date
 from dsvlib.presets import Job
 from dsvlib.reproduce import duration
@@ -67,10 +67,7 @@ def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
     """Return, for every data set that the jobs' parameters name, ``present`` or how to bring it."""
     needed = {}
     root = data_root or default_root()
-    for job in jobs:
-        name = job.parameters.get("dataset")
-        if not isinstance(name, str) or name in needed or not name:
-            continue
+    for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
         if name == "digits":
             needed[name] = "present (bundled)"
         elif name in FOLDERS:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dsvlib.downloads import FOLDERS, default_root, folder_digest
+from dsvlib.downloads import FOLDERS, data_sets, default_root, folder_digest
 from dsvlib.files import PACKAGE, atomic_path
 from dsvlib.presets import Job
 from dsvlib.run import (
@@ -52,9 +52,9 @@ def request(job: Job) -> str:
     """
     root = Path(job.parameters.get("data_root") or default_root())
     folders = {
-        value: root / value if value in FOLDERS else Path(value.removeprefix("folder:"))
-        for value in job.parameters.values()
-        if isinstance(value, str) and (value in FOLDERS or value.startswith("folder:"))
+        name: root / name if name in FOLDERS else Path(name.removeprefix("folder:"))
+        for name in data_sets(job.parameters)
+        if name in FOLDERS or name.startswith("folder:")
     }
     images = {name: _images(path) for name, path in folders.items() if path.is_dir()}
     return digest([job.parameters, images] if images else job.parameters)

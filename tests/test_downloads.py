@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsvlib import cli, downloads
-from dsvlib.downloads import Archive, fetch, folder_digest, state, verify
+from dsvlib.downloads import Archive, data_sets, fetch, folder_digest, state, verify
 from dsvlib.run import DsvError, RequestError
 
 CONTENT = bytes(range(256)) * 2000
@@ -164,3 +164,10 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", "digits", *root) == 0
     assert run("list", *root) == 0
     assert "cifar10        damaged; dsv data fetch cifar10" in capsys.readouterr().out
+
+
+def test_data_sets_are_found_inside_of_lists_too() -> None:
+    more = [["imagenette-64", "imagenette-64-convnet", ""], ["cifar100", "", ""]]
+    own = {"preset": "cifar10", "dataset": "digits", "steps": 4, "own": "folder:pets"}
+    found = data_sets(own | {"more": more})
+    assert sorted(found) == ["cifar100", "digits", "folder:pets", "imagenette-64"]
