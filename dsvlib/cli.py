@@ -194,9 +194,11 @@ def train(
         raise RequestError("expected the NAME of a shipped classifier or --all, one of the two")
     if root is not None and not root.is_dir():
         raise RequestError(f"--root: expected a folder, got {str(root)!r}")
+    from dsvlib.allocation import keep_memory
     from dsvlib.files import checkpoints_folder, repository_root
     from dsvlib.zoo import RECIPES, train_shipped
 
+    keep_memory()
     folder = os.path.relpath(checkpoints_folder(), repository_root())
     if name is not None and name not in RECIPES:
         raise RequestError.unknown("classifier", name, RECIPES)
@@ -260,7 +262,9 @@ def synthesize(
     import torch
 
     import dsvlib
+    from dsvlib.allocation import keep_memory
 
+    keep_memory()
     opened = dsvlib.open_classifier(classifier or architecture or "", weights=weights, **given)
     if labels is None:
         wanted = torch.arange(len(opened.classes)).repeat_interleave(per_class or 1)

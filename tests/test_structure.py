@@ -21,7 +21,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 # Data flow downwards: a module imports from floors above its own, and never from its neighbours.
 FLOORS = (
-    ("files", "validation", "progress", "comparison"),
+    ("files", "validation", "progress", "comparison", "allocation"),
     ("samples", "distance", "second_order", "nonnegative"),
     ("datasets", "models", "derivatives", "run_state"),
     ("conditions", "priors", "augmentation", "checkpoints"),
