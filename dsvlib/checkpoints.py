@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsvlib.files import atomic_path, checkpoints_folder
+from dsvlib.files import atomic_path, checkpoints_folder, shipped_checkpoint
 from dsvlib.models import ModelSpec, build_model
 from dsvlib.samples import read_safetensors
 
@@ -48,7 +48,7 @@ def load_classifier(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, 
     """
     file = Path(path)
     if not file.exists() and file.suffix == "" and file.name == str(path):
-        file = checkpoints_folder() / f"{path}.safetensors"
+        file = shipped_checkpoint(str(path))
         if not file.is_file():
             shipped = sorted(p.stem for p in checkpoints_folder().glob("*.safetensors"))
             raise FileNotFoundError(

@@ -22,6 +22,17 @@ def checkpoints_folder() -> Path:
     return packaged if packaged.is_dir() else repository_root() / "data" / "checkpoints"
 
 
+opened_checkpoints: set[str] = set()  # what this process has read, so that a run can name it
+
+
+def shipped_checkpoint(name: str) -> Path:
+    """Return the file of a shipped classifier, and remember that this process asked for it."""
+    path = checkpoints_folder() / f"{name}.safetensors"
+    if path.is_file():
+        opened_checkpoints.add(name)
+    return path
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder; it takes `path`'s place only on success.

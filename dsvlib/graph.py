@@ -23,8 +23,8 @@ from dsvlib.run import (
     LAUNCHERS,
     DsvError,
     RecordError,
-    code_digest,
     digest,
+    is_current,
     read_record,
     repository_root,
     write_json,
@@ -42,7 +42,7 @@ def up_to_date(job: Job) -> bool:
         record = read_record(job.directory)
     except RecordError:
         return False
-    return record["request"] == request(job) and record["code"] == code_digest(job.notebook)
+    return record["request"] == request(job) and is_current(record)
 
 
 def request(job: Job) -> str:

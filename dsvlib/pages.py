@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import dsvlib
-from dsvlib.run import RecordError, code_digest, figures_root, read_record
+from dsvlib.run import RecordError, figures_root, is_current, read_record
 
 # The reference reads in the order in which data pass through the house.
 CHAPTERS = (
@@ -119,7 +119,7 @@ def read_figures(preset: str) -> dict[str, list[Figure] | RecordError]:
         except RecordError as error:
             found[directory.name] = error
             continue
-        fresh = record["code"] == code_digest(directory.name)
+        fresh = is_current(record)
         names = [name for name in sorted(record["files"]) if name.endswith(".json")]
         sidecars = [json.loads((directory / name).read_text(encoding="utf-8")) for name in names]
         found[directory.name] = [

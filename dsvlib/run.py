@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat
 
 from dsvlib import files
-from dsvlib.files import atomic_path, checkpoints_folder
+from dsvlib.allocation import keep_memory
+from dsvlib.files import atomic_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,13 +142,27 @@ def library_digest() -> str:
 def code_digest(notebook: str) -> str:
     """Return the digest of all that makes a notebook's numbers except its parameters.
 
-    These are its code cells, dsvlib, the lock file and the shipped classifiers.
+    These are its code cells, dsvlib and the lock file; the shipped classifiers that it read are in
+    the record by name (`is_current`).
     """
     root = repository_root()
     source = root / "notebooks" / f"{notebook}.ipynb"
-    inputs = [root / "requirements.lock", *sorted(checkpoints_folder().glob("*.safetensors"))]
+    lock = root / "requirements.lock"
     cells = code_cells(source) if source.is_file() else []
-    return digest([cells, library_digest(), [file_digest(p) for p in inputs if p.is_file()]])
+    return digest([cells, library_digest(), file_digest(lock) if lock.is_file() else ""])
+
+
+def is_current(record: Mapping[str, Any]) -> bool:
+    """Return whether a record was made by this code and the shipped classifiers as they are."""
+    if record["code"] != code_digest(record["notebook"]):
+        return False
+    used: dict[str, str] = record.get("checkpoints", {})
+    return used == _checkpoint_digests(used)
+
+
+def _checkpoint_digests(names: Iterable[str]) -> dict[str, str]:
+    paths = {name: files.checkpoints_folder() / f"{name}.safetensors" for name in sorted(names)}
+    return {name: file_digest(path) for name, path in paths.items() if path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -217,6 +232,7 @@ class Run:
         """
         _check_name("notebook", notebook)
         _check_name("preset", preset)
+        keep_memory()
         # Where the data lie differs between machines; what they are is in `data_digest`.
         kept = {k: v for k, v in (parameters or {}).items() if k != "data_root"}
         try:
@@ -355,6 +371,7 @@ class Run:
         record = self._facts() | {
             "run_id": os.environ.get("DSV_RUN_ID", ""),
             "request": self.context.get("request", ""),
+            "checkpoints": _checkpoint_digests(files.opened_checkpoints),
             "values": [asdict(value) for value in self.values.values()],
             "seconds": round(time.time() - self.started, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dsvlib import SupportSet, build_model, load_classifier, save_classifier
+from dsvlib import SupportSet, build_model, files, load_classifier, save_classifier
 
 SHAPE = (1, 16, 16)
 ARCHITECTURES = {
@@ -72,7 +72,9 @@ def test_loading_leaves_global_randomness_alone(tmp_path):
 
 
 def test_shipped_name_is_looked_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("dsvlib.checkpoints.checkpoints_folder", lambda: tmp_path)
+    for module in ("checkpoints", "files"):
+        monkeypatch.setattr(f"dsvlib.{module}.checkpoints_folder", lambda: tmp_path)
+    monkeypatch.setattr("dsvlib.files.opened_checkpoints", set())
     monkeypatch.chdir(tmp_path.parent)
     model = small()
     save_classifier(tmp_path / "toys-convnet.safetensors", model)
@@ -80,6 +82,7 @@ def test_shipped_name_is_looked_up(tmp_path, monkeypatch):
     assert torch.equal(loaded.classifier.weight, model.classifier.weight)
     with pytest.raises(FileNotFoundError, match=r"\['toys-convnet'\], got 'toys-resnet'"):
         load_classifier("toys-resnet")
+    assert files.opened_checkpoints == {"toys-convnet"}, "what was read, and nothing else"
 
 
 def test_missing_file(tmp_path):

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dsvlib import run as run_module
-from dsvlib.files import PACKAGE
-from dsvlib.run import DsvError, RecordError, Run, code_digest, read_record
+from dsvlib.files import PACKAGE, shipped_checkpoint
+from dsvlib.run import DsvError, RecordError, Run, code_digest, is_current, read_record
 from dsvlib.samples import SupportSet
 
 ALT = "A straight line that rises from zero to one"
@@ -220,6 +220,26 @@ def test_code_digest_follows_code_cells_and_lock(checkout: Path) -> None:
     assert changed != before
     (checkout / "requirements.lock").write_text("torch==2.6")
     assert code_digest("01_line") != changed
+
+
+def test_a_run_is_current_until_a_classifier_that_it_read_changes(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsvlib.files.checkpoints_folder", lambda: checkout)
+    monkeypatch.setattr("dsvlib.files.opened_checkpoints", set())
+    mine, other = (checkout / f"{name}.safetensors" for name in ("mine", "other"))
+    mine.write_text("weights")
+    shipped_checkpoint("mine")
+    record = read_record(publish().directory)
+    assert list(record["checkpoints"]) == ["mine"]
+    assert is_current(record)
+    other.write_text("a new one that this run did not read")
+    assert is_current(record)
+    mine.write_text("trained anew")
+    assert not is_current(record)
+    mine.unlink()
+    assert not is_current(record)
+    assert not is_current(record | {"checkpoints": {}, "code": "of other code"})
 
 
 def test_launchers_exist_and_nothing_that_makes_a_number_imports_them() -> None:
