@@ -76,22 +76,49 @@ class ConvNet(nn.Module):
 
 
 def _resnet(name: str) -> Callable[..., nn.Module]:
-    def build(num_classes: int, shape: tuple[int, int, int], **options: Any) -> nn.Module:
+    def build(
+        num_classes: int,
+        shape: tuple[int, int, int],
+        *,
+        width: int = 64,
+        stride: int | None = None,
+        **options: Any,
+    ) -> nn.Module:
         from torchvision import models
 
+        check_count("width", width)
         network: nn.Module = getattr(models, name)(num_classes=num_classes, **options)
+        if width != 64:
+            _narrow(network, width, num_classes)
         channels, height, _ = shape
-        if height <= 64 or channels != 3:
-            # torchvision's stem divides 224 pixels by four; small images keep their resolution
-            small = height <= 64
+        # torchvision's stem divides 224 pixels by four; small images keep their resolution
+        small = height <= 64
+        if small or channels != 3 or width != 64 or stride is not None:
             network.conv1 = nn.Conv2d(
-                channels, 64, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False
+                channels,
+                width,
+                3 if small else 7,
+                stride or (1 if small else 2),
+                1 if small else 3,
+                bias=False,
             )
-            if small:
-                network.maxpool = nn.Identity()
+        if small:
+            network.maxpool = nn.Identity()
         return network
 
     return build
+
+
+def _narrow(network: Any, width: int, num_classes: int) -> None:
+    """Build torchvision's four stages again at `width`, 2, 4 and 8 times `width` channels."""
+    network.bn1 = nn.BatchNorm2d(width)
+    network.inplanes = width  # which torchvision's stages multiply as they are built
+    for index, name in enumerate(("layer1", "layer2", "layer3", "layer4")):
+        stage = getattr(network, name)
+        stride = 2 if index else 1
+        made = network._make_layer(type(stage[0]), width << index, len(stage), stride=stride)
+        setattr(network, name, made)
+    network.fc = nn.Linear(network.inplanes, num_classes)
 
 
 def _vit(
@@ -146,7 +173,8 @@ def build_model(
     name
         ``"convnet"`` (options ``width=128``, ``depth=3``, ``norm="instance"|"batch"|"none"``,
         ``pooling="avg"|"max"``), ``"resnet18"``, ``"resnet50"`` (with a 3×3 stem for images up to
-        64 pixels), ``"vit"`` (options ``patch=4``, ``width=64``, ``depth=4``, ``heads=4``).
+        64 pixels; options ``width=64`` of the first stage, ``stride`` of the stem), ``"vit"``
+        (options ``patch=4``, ``width=64``, ``depth=4``, ``heads=4``).
     num_classes
         Number of logits K ≥ 1.
     shape

@@ -104,6 +104,19 @@ RECIPES = {
             precision="bfloat16",
         ),
     ),
+    "cifar10-jpeg-convnet-instance": Recipe(
+        purpose="32×32 photographs: the field's ConvNet-3 (width 128, instance norm), for accuracy",
+        dataset="cifar10-jpeg",
+        architecture="convnet",
+        options={},
+        training=TrainConfig(
+            epochs=20,
+            learning_rate=0.1,
+            weight_decay=5e-4,
+            schedule="one-cycle",
+            augmentation=AugmentationConfig(flip=0.5, translate=0.0625),
+        ),
+    ),
     "cifar10-jpeg-judge": Recipe(
         purpose=(
             "judge of 32×32 photographs: deeper, with batch norm and max pooling, other weights"
@@ -132,6 +145,20 @@ RECIPES = {
             weight_decay=2e-3,
             schedule="one-cycle",
             augmentation=AugmentationConfig(flip=0.5),
+        ),
+    ),
+    "imagenette-64-resnet18": Recipe(
+        purpose="64×64 photographs: a ResNet-18 of half the width, its stem halving the image once",
+        dataset="imagenette-64",
+        architecture="resnet18",
+        options={"width": 32, "stride": 2},
+        training=TrainConfig(
+            epochs=14,
+            batch_size=64,
+            learning_rate=0.1,
+            weight_decay=2e-3,
+            schedule="one-cycle",
+            augmentation=AugmentationConfig(flip=0.5, translate=0.0625),
         ),
     ),
     "imagenette-64-judge": Recipe(

@@ -49,6 +49,21 @@ def test_every_architecture_gives_logits(name, options, shape):
     assert model.spec.options == options
 
 
+def test_a_narrow_resnet_halves_the_image_in_its_stem_and_has_a_quarter_of_the_weights():
+    torch.manual_seed(0)
+    full, half = (
+        build_model("resnet18", num_classes=10, shape=COLOUR, **options)
+        for options in ({}, {"width": 32, "stride": 2})
+    )
+    count = [sum(p.numel() for p in model.parameters()) for model in (full, half)]
+    assert 3.9 < count[0] / count[1] < 4.1
+    seen = []
+    half.layer1.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    assert half.eval()(torch.randn(2, *COLOUR)).shape == (2, 10)
+    assert seen == [(2, 32, COLOUR[1] // 2, COLOUR[2] // 2)]
+    assert half.spec.options == {"width": 32, "stride": 2}
+
+
 def test_resnet50_keeps_the_resolution_of_small_images():
     with torch.device("meta"):
         model = build_model("resnet50", num_classes=10, shape=COLOUR)
