@@ -42,7 +42,7 @@ INTERRUPTED = "interrupted; figures published earlier are as they were"
 Only = Annotated[
     list[str] | None, typer.Option("--only", help="A notebook, by number or name; repeatable.")
 ]
-Preset = Annotated[str, typer.Option(help="smoke, quick, cifar10 or paper.")]
+Preset = Annotated[str, typer.Option(help="smoke, quick, cifar10, imagenette or paper.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,7 +162,7 @@ def check() -> None:
 
 @app.command()
 def claims(
-    scale: Annotated[str, typer.Option("--scale", "--preset", help="quick, cifar10 or paper.")] = (
+    scale: Annotated[str, typer.Option("--scale", "--preset", help="quick, cifar10, …")] = (
         "quick"
     ),
 ) -> None:

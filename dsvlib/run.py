@@ -44,6 +44,7 @@ BADGES = {
     "smoke": "smoke run · not a result",
     "quick": "digits · quick",
     "cifar10": "CIFAR-10 (JPEG copy) · reduced",
+    "imagenette": "Imagenette 64×64 · reduced",
     "paper": "paper scale",
 }
 # These choose and start notebooks or read what they leave; the parameters that they hand over are

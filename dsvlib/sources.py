@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsvlib.checkpoints import load_classifier
@@ -74,6 +75,21 @@ class Classifier:
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return (0 - mean) / std, (1 - mean) / std
 
+    def reading(
+        self, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]
+    ) -> nn.Module:
+        """Return a network that reads inputs of another size (C, H, W) and normalisation.
+
+        Pixels are resized bilinearly where the sizes differ, so that a classifier can judge what
+        was made for another one. Raises ValueError where the channels differ.
+        """
+        if not self.shape[0] == shape[0] == len(mean) == len(std):
+            raise ValueError(
+                f"expected {self.shape[0]} channels, as {self.name or 'the classifier'} reads, got "
+                f"{shape[0]} with {len(mean)} means and {len(std)} stds; convert the images before"
+            )
+        return _Reading(self, mean, std).eval()
+
     def labels(self, wanted: Sequence[int | str]) -> Tensor:
         """Return class numbers [n] for names or numbers; an unknown name suggests the nearest."""
         return torch.tensor([self._number(item) for item in wanted])
@@ -97,6 +113,29 @@ class Classifier:
             near = suggestion(text, self.classes) or f"; the first is {self.classes[0]!r}"
             raise ValueError(f"labels: expected names or numbers of classes, got {text!r}{near}")
         return self.classes.index(text)
+
+
+class _Reading(nn.Module):
+    """A classifier behind a change of normalisation and size."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, source: Classifier, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        theirs, ours = ((source.mean, source.std), (mean, std))
+        a, b, c, d = (torch.tensor(v).view(-1, 1, 1) for v in (*theirs, *ours))
+        self.register_buffer("scale", d / b)  # pixel = x·d + c, their input = (pixel − a) / b
+        self.register_buffer("offset", (c - a) / b)
+        self.size, self.model = source.shape[1:], source.model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits [n, K]."""
+        theirs = inputs * self.scale + self.offset
+        if inputs.shape[2:] != self.size:
+            theirs = F.interpolate(theirs, self.size, mode="bilinear")
+        logits: Tensor = self.model(theirs)
+        return logits
 
 
 def open_classifier(

@@ -186,6 +186,20 @@ def test_what_is_missing_is_named() -> None:
         open_classifier(lambda: 3, **OWN)
 
 
+def test_reading_images_of_another_size_and_normalisation() -> None:
+    found = Classifier(net(), **OWN)
+    pixels = torch.rand(5, 1, 4, 4)
+    wanted = found.model((pixels - 0.5) / 0.25)
+    same = found.reading(shape=(1, 4, 4), mean=[0.3], std=[0.1])
+    torch.testing.assert_close(same((pixels - 0.3) / 0.1), wanted)
+    larger = pixels.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    other = found.reading(shape=(1, 8, 8), mean=[0.3], std=[0.1])
+    torch.testing.assert_close(other((larger - 0.3) / 0.1), wanted)
+    assert not other.training
+    with pytest.raises(ValueError, match="expected 1 channels, as the classifier reads, got 3"):
+        found.reading(shape=(3, 4, 4), mean=[0.3], std=[0.1])
+
+
 def test_labels_by_name() -> None:
     found = Classifier(net(), **(OWN | {"classes": ["tabby cat", "crane", "crane"]}))
     assert found.labels(["tabby cat", " 1", 2]).tolist() == [0, 1, 2]
