@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections import Counter
@@ -181,6 +182,37 @@ def claims(
     typer.echo(", ".join(f"{count} {word}" for word, count in counts.items()))
     for path in write_claims(scale):
         typer.echo(os.path.relpath(path, repository_root()))
+
+
+@app.command()
+def cell(
+    method: Annotated[str, typer.Argument(help="DSV, DC, DSA, DM, 'class mean', 'same real', …")],
+    per_class: Annotated[int, typer.Argument(help="Images per class.")],
+    shot: Annotated[int, typer.Argument(help="Real images seen per class.")],
+    preset: Preset = "quick",
+    seeds: Annotated[str | None, typer.Option(help="E.g. 0,1; default: the recorded ones.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+) -> None:
+    """Run one cell of Table 2 again and hold it against the recorded number."""
+    from dsvlib.cells import recorded_cell, rerun
+
+    chosen = _numbers("--seeds", seeds, int)
+    recorded = recorded_cell(method, per_class, shot, preset=preset)
+    from dsvlib.allocation import keep_memory
+
+    keep_memory()
+    found = rerun(recorded, data_root=data_root, device=device, seeds=chosen)
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    what = f"{method}, {per_class} per class, {shot} shot"
+    print(f"{what}: {statistics.fmean(found):.1f}{spread} % (n = {len(found)}), recorded "
+          f"{recorded.mean:.1f} ± {recorded.std:.1f} % (n = {recorded.count})")  # fmt: skip
+    if not recorded.holds(found):
+        raise DsvError(
+            f"{what}: expected a mean within {recorded.std:.1f} points of {recorded.mean:.1f} %, "
+            f"got {statistics.fmean(found):.1f} %; compare code and machine in "
+            f"figures/{preset}/05_fewshot_retraining/table2.json"
+        )
 
 
 @app.command()

@@ -50,7 +50,7 @@ BADGES = {
 # These choose and start notebooks or read what they leave; the parameters that they hand over are
 # in the request's digest. They cannot change a number, so that editing them leaves figures fresh.
 LAUNCHERS = {
-    *("claims.py", "cli.py", "downloads.py", "editions.py", "forecast.py", "graph.py"),
+    *("cells.py", "claims.py", "cli.py", "downloads.py", "editions.py", "forecast.py", "graph.py"),
     *("notebook_files.py", "pages.py", "presets.py", "reproduce.py", "site.py", "wall.py"),
 }
 

@@ -32,7 +32,7 @@ FLOORS = (
     ("zoo", "figures"),
     ("run",),
     ("presets", "wall"),
-    ("claims", "downloads"),
+    ("cells", "claims", "downloads"),
     ("graph",),
     ("reproduce",),
     ("editions", "forecast"),
