@@ -69,7 +69,9 @@ COLUMNS = (
     *("paper", "tolerance", "verdict", "reason"),
 )
 MARKERS = re.compile(
-    r"(?P<open><!-- claims (?P<preset>\w+) -->\n).*?(?P<close><!-- /claims -->)", re.DOTALL
+    r"(?P<open><!-- (?P<kind>claims|headline) (?P<preset>\w+) -->\n)"
+    r".*?(?P<close><!-- /(?P=kind) -->)",
+    re.DOTALL,
 )
 
 
@@ -329,14 +331,27 @@ def markdown(rows: Iterable[ClaimRow], notebooks: str = "notebooks") -> str:
     return "\n".join(lines)
 
 
+def headline(rows: Iterable[ClaimRow], notebooks: str = "notebooks") -> str:
+    """Return the papers' claims as a short Markdown table: ours, theirs, and the verdict."""
+    lines = ["| claim | ours | paper | verdict |", "|---|---|---|---|"]
+    for row in rows:
+        link = f"[{row.notebook[:2]}]({notebooks}/{row.notebook}.ipynb)"
+        claim = f"**{row.id}** {row.statement}"
+        ours = "<br>".join(f"{v.name.replace('_', ' ')} {_number(v)}" for v in row.values) or "–"
+        cells = [claim, ours, row.paper, f"{SIGNS[row.verdict]} {row.verdict}, {link}"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def fill_claims(text: str) -> str:
-    """Return `text` with the table between each pair of claims markers made anew."""
-    return MARKERS.sub(
-        lambda marker: (
-            marker["open"] + markdown(claim_rows(marker["preset"])) + "\n" + marker["close"]
-        ),
-        text,
-    )
+    """Return `text` with the table between each pair of claims or headline markers made anew."""
+    tables = {"claims": markdown, "headline": headline}
+
+    def made(marker: re.Match[str]) -> str:
+        table = tables[marker["kind"]](claim_rows(marker["preset"]))
+        return f"{marker['open']}{table}\n{marker['close']}"
+
+    return MARKERS.sub(made, text)
 
 
 def _number(value: Value) -> str:

@@ -167,9 +167,11 @@ def claims(
         "quick"
     ),
 ) -> None:
-    """Say which claims of the papers hold, from the recorded runs, and write the ledger."""
+    """Say which claims of the papers hold, from the records; write ledger, results and README."""
     from dsvlib.claims import claim_rows, write_claims
     from dsvlib.files import repository_root
+    from dsvlib.notebook_files import refresh_readme
+    from dsvlib.results import write_results
 
     rows = claim_rows(scale)
     colours = {"reproduced": "green", "partly": "yellow"}
@@ -180,8 +182,10 @@ def claims(
         typer.echo(f"{'':9} {row.notebook or '–'} · {row.scale} · {row.reason}")
     counts = Counter(row.verdict.value for row in rows)
     typer.echo(", ".join(f"{count} {word}" for word, count in counts.items()))
-    for path in write_claims(scale):
+    for path in [*write_claims(scale), *write_results(scale)]:
         typer.echo(os.path.relpath(path, repository_root()))
+    if refresh_readme():
+        typer.echo("README.md")
 
 
 @app.command()

@@ -52,12 +52,19 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
         for target, notebook in ready:
             with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as out:
                 nbformat.write(notebook, out)
-        readme = repository_root() / "README.md"
-        if readme.is_file():
-            filled = fill_tables(readme.read_text(encoding="utf-8"))
-            with atomic_path(readme) as temporary:
-                temporary.write_text(filled, encoding="utf-8")
+        refresh_readme()
     return [target.stem for target, _ in ready]
+
+
+def refresh_readme() -> bool:
+    """Make the README's tables anew and return whether they had been others."""
+    readme = repository_root() / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    filled = fill_tables(text)
+    if filled != text:
+        with atomic_path(readme) as temporary:
+            temporary.write_text(filled, encoding="utf-8")
+    return filled != text
 
 
 def fill_tables(text: str) -> str:

@@ -26,6 +26,7 @@ from dsvlib.claims import write_claims
 from dsvlib.files import PACKAGE, atomic_path
 from dsvlib.graph import mark, request, schedule, stamp
 from dsvlib.presets import Job, plan
+from dsvlib.results import write_results
 from dsvlib.run import (
     DsvError,
     RecordError,
@@ -100,6 +101,7 @@ def reproduce(
         if preset != "smoke":  # which is no result
             try:
                 write_claims(preset)
+                write_results(preset)
             except RecordError as error:
                 echo(f"no claim ledger: {error}")
     if values := summary([job.directory for job in todo]):

@@ -134,6 +134,19 @@ def test_files_of_the_ledger_keep_numbers_as_numbers(checkout: Path) -> None:
     assert str(checkout) not in text
 
 
+def test_the_headline_puts_ours_beside_theirs(checkout: Path) -> None:
+    write_notebook(checkout, "08_latent_labels", END)
+    table = pd.DataFrame({"claim": ["DSV-F6"], "ours": ["a"], "verdict": ["partly"]})
+    publish("08_latent_labels", table)
+    text = fill_claims("<!-- headline quick -->\nFORMER\n<!-- /headline -->\nrest")
+    assert "FORMER" not in text
+    assert text.endswith("<!-- /headline -->\nrest")
+    (line,) = (x for x in text.splitlines() if x.startswith("| **DSV-F6** "))
+    assert "🟡 partly, [08](notebooks/08_latent_labels.ipynb)" in line
+    assert "0.93 ± 0.02" in line
+    assert fill_claims(text) == text
+
+
 def test_bad_requests_are_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

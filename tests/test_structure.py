@@ -31,7 +31,7 @@ FLOORS = (
     ("evaluation", "judging", "ranking", "trail"),
     ("zoo", "figures"),
     ("run",),
-    ("presets", "wall"),
+    ("presets", "results", "wall"),
     ("cells", "claims", "downloads"),
     ("graph",),
     ("reproduce",),

@@ -1,0 +1,78 @@
+"""All recorded numbers of a preset as one tidy table, ``data/results/<preset>.csv``.
+
+One row per value, as the notebooks recorded it; the JSON beside it says for each notebook which
+run the rows come from and where its other tables lie. Made from the records alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from dsvlib.files import atomic_path
+from dsvlib.run import (
+    RECORD,
+    explain,
+    figures_root,
+    file_digest,
+    read_record,
+    repository_root,
+    write_json,
+)
+
+COLUMNS = (
+    *("preset", "notebook", "claim", "quantity", "value", "std", "n", "seeds", "unit"),
+    *("paper_value", "scale", "note"),
+)
+ABOUT = (
+    *("scale", "command", "seed", "parameters", "data_digest", "code", "checkpoints", "commit"),
+    *("dirty", "environment", "seconds", "finished"),
+)
+
+
+def results(preset: str) -> tuple[str, dict[str, Any]]:
+    """Return the table of a preset as CSV, and what its sidecar says.
+
+    Raises RecordError for a run that was changed after it was published.
+    """
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    runs: dict[str, Any] = {}
+    for directory in sorted(figures_root().joinpath(preset).glob("*/")):
+        if not (directory / RECORD).exists():
+            continue
+        record = read_record(directory)
+        for value in record["values"]:
+            cells = [value["claim"], value["name"], repr(value["value"])]
+            cells += ["" if value["std"] is None else repr(value["std"]), value["n"]]
+            cells += [" ".join(map(str, value["seeds"])), value["unit"]]
+            cells += ["" if value["paper"] is None else f"{value['paper']:.6g}"]
+            writer.writerow([preset, directory.name, *cells, record["scale"], value["note"]])
+        tables = sorted(name for name in record["files"] if name.endswith(".csv"))
+        runs[directory.name] = {name: record[name] for name in ABOUT if name in record} | {
+            "record": file_digest(directory / RECORD),
+            "tables": [f"figures/{preset}/{directory.name}/{name}" for name in tables],
+        }
+    return table.getvalue(), {"preset": preset, "columns": COLUMNS, "runs": runs}
+
+
+def write_results(preset: str) -> list[Path]:
+    """Write ``data/results/<preset>.csv`` and ``.json`` and return their paths."""
+    text, about = results(preset)
+    stem = results_folder() / preset
+    table, sidecar = stem.with_suffix(".csv"), stem.with_suffix(".json")
+    with explain("write to", stem.parent):
+        with atomic_path(table) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        write_json(sidecar, about | {"files": {table.name: file_digest(table)}})
+    return [table, sidecar]
+
+
+def results_folder() -> Path:
+    """Return where the tables lie: beside the figures if these are elsewhere, else in data/."""
+    if figures_root() == repository_root() / "figures":
+        return repository_root() / "data" / "results"
+    return figures_root() / "results"
