@@ -33,7 +33,7 @@ from dsvlib.run import (
 )
 
 CLAIMS = PACKAGE / "claims.yml"
-KEYS = {"where", "claim", "paper", "tolerance", "notebook", "values", "verdict"}
+KEYS = {"where", "claim", "paper", "tolerance", "notebook", "values", "photographs", "verdict"}
 RULE_KEYS = {"caption", "where", "column"}
 TABLES = ("verdicts", "verdict")
 
@@ -114,6 +114,7 @@ class _Claim:
     tolerance: str = "the notebook's criteria"
     notebook: str = ""
     values: tuple[str, ...] = ()
+    photographs: tuple[str, ...] = ()
     verdict: Mapping[str, Any] | None = None
 
 
@@ -218,13 +219,17 @@ def _why_not(claim: _Claim, preset: str, omitted: Mapping[str, str]) -> str:
 
 
 def _headline(claim: _Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
-    """Return the values that the claim names, or else the first three recorded for it."""
+    """Return the values that the claim names, or else the first three recorded for it.
+
+    Where a run made photographs as well, those named for them come first and alone.
+    """
     recorded = {
         entry["name"]: Value(**{**entry, "seeds": tuple(entry["seeds"])})
         for entry in record["values"]
         if entry["claim"] == claim.id
     }
-    named = [recorded[name] for name in claim.values if name in recorded]
+    named = [recorded[name] for name in claim.photographs if name in recorded]
+    named = named or [recorded[name] for name in claim.values if name in recorded]
     return tuple(named or list(recorded.values())[:3])
 
 
