@@ -21,15 +21,14 @@ import yaml
 
 from dsvlib.files import PACKAGE, atomic_path
 from dsvlib.presets import notebook_names, read_presets
+from dsvlib.results import value_cells, values_of, whole_runs
 from dsvlib.run import (
     BADGES,
-    RECORD,
     DsvError,
     RequestError,
     Value,
     explain,
     figures_root,
-    read_record,
 )
 
 CLAIMS = PACKAGE / "claims.yml"
@@ -128,7 +127,7 @@ def claim_rows(preset: str = "quick") -> list[ClaimRow]:
     if preset not in presets:
         raise RequestError.unknown("preset", preset, presets)
     claims = _read_claims()
-    records = _records(preset)
+    records = whole_runs(preset)
     listed = {claim.id for claim in claims}
     for notebook, (_, record) in records.items():  # what a notebook records is never left out
         for claim in dict.fromkeys(value["claim"] for value in record["values"]):
@@ -136,15 +135,6 @@ def claim_rows(preset: str = "quick") -> list[ClaimRow]:
                 listed.add(claim)
                 claims.append(_Claim(claim, "ours", where="our own", notebook=notebook))
     return [_row(claim, preset, presets[preset]["omit"], records) for claim in claims]
-
-
-def _records(preset: str) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Return the whole runs of a preset; a record that is there must be sound."""
-    found = {}
-    for directory in sorted(figures_root().joinpath(preset).glob("*/")):
-        if (directory / RECORD).exists():
-            found[directory.name] = directory, read_record(directory)
-    return found
 
 
 def claim_ids() -> set[str]:
@@ -223,11 +213,7 @@ def _headline(claim: _Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
 
     Where a run made photographs as well, those named for them come first and alone.
     """
-    recorded = {
-        entry["name"]: Value(**{**entry, "seeds": tuple(entry["seeds"])})
-        for entry in record["values"]
-        if entry["claim"] == claim.id
-    }
+    recorded = {value.name: value for value in values_of(record) if value.claim == claim.id}
     named = [recorded[name] for name in claim.photographs if name in recorded]
     named = named or [recorded[name] for name in claim.values if name in recorded]
     return tuple(named or list(recorded.values())[:3])
@@ -299,12 +285,7 @@ def write_claims(preset: str = "quick") -> list[Path]:
         about = [row.id, row.group, row.where, row.statement, row.notebook, row.preset, row.scale]
         end = [row.paper, row.tolerance, row.verdict.value, row.reason]
         for value in row.values or (None,):
-            cells = ["", "", "", "", "", "", ""]
-            if value is not None:
-                seeds = " ".join(map(str, value.seeds))
-                paper = "" if value.paper is None else f"{value.paper:.6g}"
-                std = "" if value.std is None else repr(value.std)
-                cells = [value.name, repr(value.value), std, str(value.n), seeds, value.unit, paper]
+            cells = [""] * 7 if value is None else value_cells(value)
             writer.writerow([*about, *cells, *end])
     text = f"# Claims at preset {preset}\n\nMade by `dsv claims --scale {preset}`.\n\n"
     written = []

@@ -199,12 +199,11 @@ def cell(
     data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
 ) -> None:
     """Run one cell of Table 2 again and hold it against the recorded number."""
+    from dsvlib.allocation import keep_memory
     from dsvlib.cells import recorded_cell, rerun
 
     chosen = _numbers("--seeds", seeds, int)
     recorded = recorded_cell(method, per_class, shot, preset=preset)
-    from dsvlib.allocation import keep_memory
-
     keep_memory()
     found = rerun(recorded, data_root=data_root, device=device, seeds=chosen)
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""

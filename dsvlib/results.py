@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dsvlib.files import atomic_path
 from dsvlib.run import (
     RECORD,
+    Value,
     explain,
     figures_root,
     file_digest,
@@ -32,6 +34,25 @@ ABOUT = (
 )
 
 
+def whole_runs(preset: str) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return folder and record of a preset's whole runs; a record that is there must be sound."""
+    folders = sorted(figures_root().joinpath(preset).glob("*/"))
+    return {path.name: (path, read_record(path)) for path in folders if (path / RECORD).exists()}
+
+
+def values_of(record: Mapping[str, Any]) -> list[Value]:
+    """Return the values of a record."""
+    return [Value(**{**entry, "seeds": tuple(entry["seeds"])}) for entry in record["values"]]
+
+
+def value_cells(value: Value) -> list[str]:
+    """Return name, value, std, n, seeds, unit and the paper's value as cells of a CSV."""
+    std = "" if value.std is None else repr(value.std)
+    seeds = " ".join(map(str, value.seeds))
+    paper = "" if value.paper is None else f"{value.paper:.6g}"
+    return [value.name, repr(value.value), std, str(value.n), seeds, value.unit, paper]
+
+
 def results(preset: str) -> tuple[str, dict[str, Any]]:
     """Return the table of a preset as CSV, and what its sidecar says.
 
@@ -41,20 +62,14 @@ def results(preset: str) -> tuple[str, dict[str, Any]]:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     runs: dict[str, Any] = {}
-    for directory in sorted(figures_root().joinpath(preset).glob("*/")):
-        if not (directory / RECORD).exists():
-            continue
-        record = read_record(directory)
-        for value in record["values"]:
-            cells = [value["claim"], value["name"], repr(value["value"])]
-            cells += ["" if value["std"] is None else repr(value["std"]), value["n"]]
-            cells += [" ".join(map(str, value["seeds"])), value["unit"]]
-            cells += ["" if value["paper"] is None else f"{value['paper']:.6g}"]
-            writer.writerow([preset, directory.name, *cells, record["scale"], value["note"]])
+    for notebook, (directory, record) in whole_runs(preset).items():
+        for value in values_of(record):
+            cells = [preset, notebook, value.claim, *value_cells(value)]
+            writer.writerow([*cells, record["scale"], value.note])
         tables = sorted(name for name in record["files"] if name.endswith(".csv"))
-        runs[directory.name] = {name: record[name] for name in ABOUT if name in record} | {
+        runs[notebook] = {name: record[name] for name in ABOUT if name in record} | {
             "record": file_digest(directory / RECORD),
-            "tables": [f"figures/{preset}/{directory.name}/{name}" for name in tables],
+            "tables": [f"figures/{preset}/{notebook}/{name}" for name in tables],
         }
     return table.getvalue(), {"preset": preset, "columns": COLUMNS, "runs": runs}
 
