@@ -110,8 +110,9 @@ RECIPES = {
         architecture="convnet",
         options={},
         training=TrainConfig(
-            epochs=20,
-            learning_rate=0.1,
+            epochs=24,
+            batch_size=64,
+            learning_rate=0.05,
             weight_decay=5e-4,
             schedule="one-cycle",
             augmentation=AugmentationConfig(flip=0.5, translate=0.0625),
