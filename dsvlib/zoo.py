@@ -136,22 +136,6 @@ RECIPES = {
             augmentation=AugmentationConfig(flip=0.5, translate=0.0625),
         ),
     ),
-    "cifar10-jpeg-convnet-instance-averaged": Recipe(
-        purpose="the same, trained on at a constant rate and averaged, which classifies better",
-        dataset="cifar10-jpeg",
-        architecture="convnet",
-        options={},
-        training=TrainConfig(
-            epochs=4,
-            batch_size=64,
-            learning_rate=0.01,
-            weight_decay=5e-4,
-            schedule="constant",
-            augmentation=AugmentationConfig(flip=0.5, translate=0.125),
-            average_epochs=3,
-        ),
-        start="cifar10-jpeg-convnet-instance",
-    ),
     "cifar10-jpeg-judge": Recipe(
         purpose=(
             "judge of 32×32 photographs: deeper, with batch norm and max pooling, other weights"
