@@ -25,9 +25,14 @@ def checkpoints_folder() -> Path:
 opened_checkpoints: set[str] = set()  # what this process has read, so that a run can name it
 
 
+def checkpoint_path(name: str) -> Path:
+    """Return where a shipped classifier lies, or would lie."""
+    return checkpoints_folder() / f"{name}.safetensors"
+
+
 def shipped_checkpoint(name: str) -> Path:
     """Return the file of a shipped classifier, and remember that this process asked for it."""
-    path = checkpoints_folder() / f"{name}.safetensors"
+    path = checkpoint_path(name)
     if path.is_file():
         opened_checkpoints.add(name)
     return path

@@ -163,7 +163,7 @@ def is_current(record: Mapping[str, Any]) -> bool:
 
 
 def _checkpoint_digests(names: Iterable[str]) -> dict[str, str]:
-    paths = {name: files.checkpoints_folder() / f"{name}.safetensors" for name in sorted(names)}
+    paths = {name: files.checkpoint_path(name) for name in sorted(names)}
     return {name: file_digest(path) for name, path in paths.items() if path.is_file()}
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 from dsvlib.augmentation import AugmentationConfig, augment
 from dsvlib.conditions import cross_entropy, evaluation_mode, is_feasible, predict
@@ -60,6 +61,9 @@ class TrainConfig:
         linear to zero), or ``"halfway"`` (×0.1 once, at half of the steps: the field's protocol).
     augmentation
         Drawn anew for every sample of every batch; None for none.
+    average_epochs
+        The weights are the mean over the steps of so many last epochs (Polyak and Juditsky 1992),
+        which takes the noise of the batches out of them; 0 for the weights of the last step.
     polish_steps
         Full-batch gradient steps after the epochs, which bring a small network close to a
         stationary point of the regularised loss.
@@ -79,6 +83,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     schedule: Schedule = "cosine"
     augmentation: AugmentationConfig | None = None
+    average_epochs: int = 0
     polish_steps: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     log_every: int = 1
@@ -90,8 +95,13 @@ class TrainConfig:
         check_number("learning_rate", self.learning_rate, above=0)
         for name in ("momentum", "weight_decay"):
             check_number(name, getattr(self, name), at_least=0)
-        for name in ("epochs", "polish_steps"):
+        for name in ("epochs", "average_epochs", "polish_steps"):
             check_count(name, getattr(self, name), at_least=0)
+        if self.average_epochs > self.epochs:
+            raise ValueError(
+                f"average_epochs: expected at most epochs={self.epochs}, got "
+                f"{self.average_epochs}; average over fewer epochs"
+            )
         for name in ("batch_size", "log_every"):
             check_count(name, getattr(self, name))
 
@@ -151,6 +161,7 @@ def train(
     scheduler = LambdaLR(
         optimizer, lambda step: learning_rate_factor(config.schedule, step / max(steps, 1))
     )
+    averaged = AveragedModel(model, use_buffers=True) if config.average_epochs else None
     rows = []
     half = config.precision == "bfloat16" and computes_bfloat16(device)
     with _fast_layout(model), _training_mode(model, generator.initial_seed()):
@@ -169,6 +180,8 @@ def train(
                 losses.mean().backward()
                 optimizer.step()
                 scheduler.step()
+                if averaged is not None and epoch > config.epochs - config.average_epochs:
+                    averaged.update_parameters(model)
                 hits = is_feasible(logits.detach(), y)
                 summed += torch.stack([losses.detach().sum(), hits.sum()])
                 if on_batch is not None:
@@ -181,6 +194,8 @@ def train(
                 )
             if epoch % config.log_every == 0 or epoch == config.epochs:
                 rows.append((epoch, loss, accuracy, used_rate))
+    if averaged is not None:
+        model.load_state_dict(averaged.module.state_dict())
     if config.polish_steps:
         _polish(model, trained, inputs, labels, config)
     optimizer.zero_grad(set_to_none=True)

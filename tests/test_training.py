@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dsvlib import SupportSet, TrainConfig, accuracy, residuals, train
 from dsvlib.augmentation import AugmentationConfig
 from dsvlib.datasets import Split
 from dsvlib.training import learning_rate_factor, logits_of
+from dsvlib.zoo import premise
 
 
 def problem(count: int = 60) -> Split:
@@ -53,6 +55,38 @@ def test_loss_decreases_and_history_is_tidy(optimizer, schedule):
 def test_log_every_keeps_the_last_epoch():
     history = train(linear(), problem(), config=TrainConfig(epochs=7, log_every=3))
     assert list(history["epoch"]) == [3, 6, 7]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_averaged_weights_are_the_mean_over_the_steps_of_the_last_epochs(optimizer):
+    split, model, iterates = problem(), linear(), []
+    base = TrainConfig(epochs=5, batch_size=16, optimizer=optimizer)
+    # a callback sees the weights after each step, as it is called once the step was taken
+    train(model, split, config=base, on_batch=lambda *_: iterates.append(vector(model)))
+    averaged = linear()
+    train(averaged, split, config=replace(base, average_epochs=2))
+    steps = 2 * math.ceil(len(split) / 16)
+    mean = torch.stack(iterates[-steps:]).mean(dim=0)
+    torch.testing.assert_close(vector(averaged), mean, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(vector(averaged), iterates[-1], atol=1e-4), "or nothing was tested"
+
+
+def test_averaging_takes_out_the_noise_of_the_batches():
+    """At a constant rate SGD wanders around the stationary point; the mean lies near to it."""
+    split, decay, cosines = problem(), 0.05, []
+    base = TrainConfig(
+        epochs=300, batch_size=4, learning_rate=0.05, weight_decay=decay, schedule="constant"
+    )
+    for epochs in (0, 200):
+        model = linear()
+        train(model, split, config=replace(base, average_epochs=epochs))
+        cosines.append(residuals(model, premise(model, split, decay)).cosine)
+    assert 1 - cosines[1] < (1 - cosines[0]) / 2
+
+
+def test_more_averaged_epochs_than_epochs():
+    with pytest.raises(ValueError, match="average_epochs: expected at most epochs=5, got 6"):
+        TrainConfig(epochs=5, average_epochs=6)
 
 
 def test_no_epochs_leave_the_weights_alone():

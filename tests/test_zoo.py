@@ -1,0 +1,46 @@
+"""Recipes of the shipped classifiers: where one starts, and what data/README.md says of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsvlib import load_dataset, zoo
+from dsvlib.checkpoints import load_classifier
+from dsvlib.files import checkpoint_path, repository_root
+from dsvlib.training import TrainConfig
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in zoo.RECIPES.items() if recipe.start])
+def test_a_start_has_the_same_network_and_images(name):
+    recipe = zoo.RECIPES[name]
+    first = zoo.RECIPES[recipe.start]
+    for field in ("dataset", "architecture", "options", "image_size", "seed"):
+        assert getattr(recipe, field) == getattr(first, field), field
+
+
+def test_training_goes_on_from_the_start(monkeypatch):
+    data = load_dataset("digits", limit=40)
+    short = replace(zoo.RECIPES["digits-convnet"], training=TrainConfig(epochs=2))
+    still = replace(short, training=TrainConfig(epochs=0), start="first")
+    monkeypatch.setattr(zoo, "RECIPES", {"first": short, "second": still})
+    first, _ = zoo.classifier("first", data, seed=3)
+    second, _ = zoo.classifier("second", data, seed=3)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    another, _ = zoo.classifier("second", data, seed=4)
+    assert not torch.equal(next(another.parameters()), next(first.parameters()))
+
+
+def test_the_readme_beside_the_classifiers_tells_their_numbers():
+    text = (repository_root() / "data" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([\d.]+) % \| (-?[\d.]+) \|$", text, re.MULTILINE)
+    shipped = {name for name in zoo.RECIPES if checkpoint_path(name).is_file()}
+    assert {name for name, *_ in rows} == shipped == set(zoo.RECIPES)
+    for name, accuracy, cosine in rows:
+        facts = load_classifier(name)[1]
+        assert accuracy == f"{100 * facts['test_accuracy']:.1f}", name
+        assert cosine == f"{facts['cosine']:.2f}", name
