@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import yaml
 
 from dsvlib.files import PACKAGE, atomic_path
 from dsvlib.presets import notebook_names, read_presets
-from dsvlib.results import value_cells, values_of, whole_runs
+from dsvlib.results import measured, value_cells, values_of, whole_runs
 from dsvlib.run import (
     BADGES,
     DsvError,
@@ -79,7 +79,7 @@ class ClaimRow:
     """One claim at one scale.
 
     `group` is ``papers`` or ``ours``; `values` are the headline numbers with their n, seeds and
-    standard deviation, empty where nothing was run.
+    standard deviation, empty where nothing was run; `words` says what each of them is.
     """
 
     id: str
@@ -90,6 +90,7 @@ class ClaimRow:
     preset: str
     scale: str
     values: tuple[Value, ...]
+    words: tuple[str, ...]
     paper: str
     tolerance: str
     verdict: Verdict
@@ -98,7 +99,15 @@ class ClaimRow:
     @property
     def measured(self) -> str:
         """Our values as text, each with its spread and n."""
-        return "; ".join(f"{v.name.replace('_', ' ')} {_number(v)}" for v in self.values) or "–"
+        return "; ".join(self.lines) or "–"
+
+    @property
+    def lines(self) -> list[str]:
+        """Our values as text, one each, in the words of claims.yml."""
+        return [
+            f"{words}: {_number(value)}"
+            for value, words in zip(self.values, self.words, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,13 @@ class _Claim:
     paper: str = "–"
     tolerance: str = "the notebook's criteria"
     notebook: str = ""
-    values: tuple[str, ...] = ()
-    photographs: tuple[str, ...] = ()
+    values: Mapping[str, str] = field(default_factory=dict)
+    photographs: Mapping[str, str] = field(default_factory=dict)
     verdict: Mapping[str, Any] | None = None
+
+    def said(self, name: str) -> str:
+        """Return the words for a recorded value, which are its name where none are given."""
+        return self.photographs.get(name) or self.values.get(name) or name.replace("_", " ")
 
 
 def claim_rows(preset: str = "quick") -> list[ClaimRow]:
@@ -155,10 +168,10 @@ def _read_claims() -> list[_Claim]:
                     if key not in RULE_KEYS:
                         where = f"key of claims.yml: {name}: verdict"
                         raise RequestError.unknown(where, str(key), RULE_KEYS)
-                entry["values"] = tuple(entry.get("values", ()))
+                entry |= {key: dict(entry.get(key, {})) for key in ("values", "photographs")}
                 claims.append(_Claim(str(name), group, **entry))
         return claims
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise DsvError(
             f"claims.yml: expected 'papers' and 'ours' with one entry per claim, got {reason}"
@@ -193,6 +206,7 @@ def _row(
         preset=preset,
         scale=scale,
         values=values,
+        words=tuple(map(claim.said, (value.name for value in values))),
         paper=claim.paper,
         tolerance=claim.tolerance,
         verdict=verdict,
@@ -323,7 +337,7 @@ def headline(rows: Iterable[ClaimRow], notebooks: str = "notebooks") -> str:
     for row in rows:
         link = f"[{row.notebook[:2]}]({notebooks}/{row.notebook}.ipynb)"
         claim = f"**{row.id}** {row.statement}"
-        ours = "<br>".join(f"{v.name.replace('_', ' ')} {_number(v)}" for v in row.values) or "–"
+        ours = "<br>".join(row.lines) or "–"
         cells = [claim, ours, row.paper, f"{SIGNS[row.verdict]} {row.verdict}, {link}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
@@ -341,6 +355,4 @@ def fill_claims(text: str) -> str:
 
 
 def _number(value: Value) -> str:
-    spread = "" if value.std is None else f" ± {value.std:.3g}"
-    unit = f" {value.unit}" if value.unit else ""
-    return f"{value.value:.4g}{spread}{unit} (n = {value.n})"
+    return f"{measured(value.value, value.std, value.unit)} (n = {value.n})"

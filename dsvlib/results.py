@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def whole_runs(preset: str) -> dict[str, tuple[Path, dict[str, Any]]]:
 def values_of(record: Mapping[str, Any]) -> list[Value]:
     """Return the values of a record."""
     return [Value(**{**entry, "seeds": tuple(entry["seeds"])}) for entry in record["values"]]
+
+
+def measured(value: float, std: float | None, unit: str) -> str:
+    """Return a value and its unit as text, with two digits of the standard deviation."""
+    places = max(0, 1 - math.floor(math.log10(std))) if std and math.isfinite(std) else None
+    if std is None:
+        text = f"{value:.3g}"
+    elif places is None or places > 8:
+        text = f"{value:.4g} ± {std:.2g}"
+    else:
+        text = f"{value:.{places}f} ± {std:.{places}f}"
+    return f"{text} {unit}".rstrip()
 
 
 def value_cells(value: Value) -> list[str]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dsvlib.files import atomic_path
+from dsvlib.results import measured
 from dsvlib.run import RecordError, figures_root, read_record
 
 
 def _measured(value: Mapping[str, Any]) -> str:
-    spread = "" if value["std"] is None else f" ± {value['std']:.3g}"
-    return f"{value['value']:.4g}{spread}{value['unit'] and ' ' + value['unit']}"
+    return measured(value["value"], value["std"], value["unit"])
 
 
 def summary(directories: Iterable[Path]) -> str:

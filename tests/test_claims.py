@@ -77,7 +77,7 @@ def test_verdict_and_reason_come_from_the_published_table() -> None:
     got = row("DSV-F6")
     assert got.verdict is Verdict.REPRODUCED
     assert got.reason == "rank 0.93 (reproduced)"
-    assert got.measured == "judge soft labels rank p b 0.93 ± 0.02 (n = 3)"
+    assert got.measured == ("rank correlation of δ and the judge's p: 0.930 ± 0.020 (n = 3)")
     assert row("DSV-F3").verdict is Verdict.NOT_ATTEMPTED
     (folder / "verdicts.csv").write_text("claim,ours,verdict\nDSV-F6,x,not reproduced\n")
     with pytest.raises(RecordError, match=r"verdicts\.csv was changed after the run"):
@@ -143,7 +143,7 @@ def test_the_headline_puts_ours_beside_theirs(checkout: Path) -> None:
     assert text.endswith("<!-- /headline -->\nrest")
     (line,) = (x for x in text.splitlines() if x.startswith("| **DSV-F6** "))
     assert "🟡 partly, [08](notebooks/08_latent_labels.ipynb)" in line
-    assert "0.93 ± 0.02" in line
+    assert "0.930 ± 0.020" in line
     assert fill_claims(text) == text
 
 

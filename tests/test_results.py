@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from dsvlib.files import repository_root
-from dsvlib.results import COLUMNS, results, results_folder, write_results
+from dsvlib.results import COLUMNS, measured, results, results_folder, write_results
 from dsvlib.run import RecordError, Run
 
 COMMITTED = sorted((repository_root() / "data" / "results").glob("*.csv"))
@@ -61,3 +61,19 @@ def test_committed_tables_are_those_of_the_records(
     assert path.read_text(encoding="utf-8") == text, f"run dsv claims --scale {path.stem}"
     sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert sidecar["runs"] == about["runs"]
+
+
+@pytest.mark.parametrize(
+    ("value", "std", "unit", "text"),
+    [
+        (20.4178, 2.0123, "%", "20.4 ± 2.0 %"),
+        (93.333, 11.547, "%", "93 ± 12 %"),
+        (0.99935, 0.000182, "", "0.99935 ± 0.00018"),
+        (100.0, 0.0, "%", "100 ± 0 %"),
+        (2.8042e-13, None, "", "2.8e-13"),
+        (1.5, 1e-12, "nats", "1.5 ± 1e-12 nats"),
+        (5.0, float("nan"), "", "5 ± nan"),
+    ],
+)
+def test_a_value_has_as_many_digits_as_its_spread(value, std, unit, text) -> None:
+    assert measured(value, std, unit) == text

@@ -40,8 +40,8 @@ def test_wall_links_pictures_tables_and_values(checkout: Path) -> None:
     assert "**digits · quick** · A line · [svg](01_line/line.svg) · [csv](01_line/line.csv)" in wall
     assert "Its numbers · [csv](01_line/numbers.csv) · [how it was made]" in wall
     assert "`dsv reproduce --preset quick --only 01_line`" in wall
-    assert r"| K1\|a | steps | 5 ± 0.5 % | 1 | 7 |" in wall
-    assert "| K12 | cosine | 0.9877 | 1 |  |" in wall
+    assert r"| K1\|a | steps | 5.00 ± 0.50 % | 1 | 7 |" in wall
+    assert "| K12 | cosine | 0.988 | 1 |  |" in wall
     assert str(checkout) not in wall
 
 
@@ -58,7 +58,7 @@ def test_run_that_is_not_whole_is_named_and_not_shown() -> None:
 
 def test_summary_aligns_the_values() -> None:
     lines = summary([publish("01_line")]).splitlines()
-    assert lines == ["K1|a  steps   5 ± 0.5 %  paper 7", "K12   cosine  0.9877"]
+    assert lines == ["K1|a  steps   5.00 ± 0.50 %  paper 7", "K12   cosine  0.988"]
     assert summary([]) == ""
 
 
@@ -67,7 +67,7 @@ def test_readme_tables_come_from_the_records() -> None:
     marker = "<!-- results quick:\nK12/cosine\nK9/other_value\n-->\n"
     text = f"before\n{marker}| 99 |\n<!-- /results -->\nafter"
     filled = fill_results(text)
-    assert "| K12 | cosine | 0.9877 | 1 | – | [01](notebooks/01_line.ipynb) |" in filled
+    assert "| K12 | cosine | 0.988 | 1 | – | [01](notebooks/01_line.ipynb) |" in filled
     assert "| K9 | other value | not run |" in filled
     assert "99" not in filled
     assert filled.startswith("before\n<!-- results quick:\nK12/cosine\n")

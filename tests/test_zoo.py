@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -44,3 +45,13 @@ def test_the_readme_beside_the_classifiers_tells_their_numbers():
         facts = load_classifier(name)[1]
         assert accuracy == f"{100 * facts['test_accuracy']:.1f}", name
         assert cosine == f"{facts['cosine']:.2f}", name
+
+
+@pytest.mark.parametrize("name", zoo.RECIPES)
+def test_a_shipped_classifier_was_trained_by_its_recipe(name):
+    """What its header says must be what the recipe says now, or `dsv train` makes another one."""
+    recorded = load_classifier(name)[1]["recipe"]
+    now = json.loads(json.dumps(asdict(zoo.RECIPES[name])))
+    recorded |= recorded.pop("training")
+    now |= now.pop("training")
+    assert recorded == {key: now[key] for key in recorded}  # settings that came later have no entry
