@@ -138,20 +138,21 @@ RECIPES = {
             augmentation=AugmentationConfig(flip=0.5, translate=0.0625),
         ),
     ),
-    "cifar10-jpeg-convnet-instance-averaged": Recipe(
-        purpose="32×32 photographs: `cifar10-jpeg-convnet-instance` trained on and averaged",
+    "cifar10-jpeg-convnet-instance-restarted": Recipe(
+        purpose="32×32 photographs: `cifar10-jpeg-convnet-instance` after a second, shorter cycle",
         dataset="cifar10-jpeg",
         architecture="convnet",
         options={},
-        # the first one fits its training images by 8 points better than others: wider shifts
+        # The first one knows its training images by 9 points better than others, hence the wider
+        # shifts. (Five epochs of them at a rate of 0.02, averaged, were too few: 83.2 %.)
         training=TrainConfig(
-            epochs=5,
+            epochs=8,
             batch_size=64,
-            learning_rate=0.02,
+            learning_rate=0.03,
             weight_decay=5e-4,
-            schedule="constant",
+            schedule="cosine",
             augmentation=AugmentationConfig(flip=0.5, translate=0.125),
-            average_epochs=4,
+            average_epochs=2,
         ),
         start="cifar10-jpeg-convnet-instance",
     ),
