@@ -102,7 +102,7 @@ def test_nothing_to_do_rebuilds_the_wall_only(checkout: Path) -> None:
     said: list[str] = []
     assert reproduce(echo=said.append)
     assert "up to date" in said[0]
-    assert said[1].split() == ["K1", "steps", "5", "±", "0.5", "%", "paper", "7"]
+    assert said[1].split() == ["K1", "steps", "5.00", "±", "0.50", "%", "paper", "7"]
     assert (checkout / "figures" / "quick" / "README.md").is_file()
 
 
