@@ -77,7 +77,7 @@ def test_verdict_and_reason_come_from_the_published_table() -> None:
     got = row("DSV-F6")
     assert got.verdict is Verdict.REPRODUCED
     assert got.reason == "rank 0.93 (reproduced)"
-    assert got.measured == ("rank correlation of δ and the judge's p: 0.930 ± 0.020 (n = 3)")
+    assert got.measured == "rank correlation of δ and the judge's p: 0.930 ± 0.020 (n = 3)"
     assert row("DSV-F3").verdict is Verdict.NOT_ATTEMPTED
     (folder / "verdicts.csv").write_text("claim,ours,verdict\nDSV-F6,x,not reproduced\n")
     with pytest.raises(RecordError, match=r"verdicts\.csv was changed after the run"):
