@@ -40,7 +40,7 @@ lint: $(READY) ## check and format the code
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-figures: $(READY) ## run all notebooks and make every figure (PRESET=smoke|quick|cifar10|imagenette|paper)
+figures: $(READY) ## run all notebooks and make every figure (PRESET=smoke|quick|cifar10|cifar10-ten|imagenette|paper)
 	$(BIN)/dsv reproduce --preset $(PRESET) $(ARGS)
 
 site: $(READY) ## build the pages of the recorded runs into build/site/html (PRESET=quick)
