@@ -18,9 +18,16 @@ from dsvlib.claims import claim_ids, fill_claims
 from dsvlib.editions import exercise_problems, student_problems
 from dsvlib.files import atomic_path
 from dsvlib.graph import up_to_date
-from dsvlib.presets import notebook_names, plan, read_parameters, read_presets
+from dsvlib.presets import Job, notebook_names, plan, read_parameters, read_presets
 from dsvlib.reproduce import exclusive
-from dsvlib.run import DsvError, code_cells, digest, library_digest, repository_root
+from dsvlib.run import (
+    DsvError,
+    code_cells,
+    digest,
+    library_digest,
+    read_record,
+    repository_root,
+)
 from dsvlib.wall import fill_results
 
 MAX_CELL_LINES = 40
@@ -36,7 +43,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
     The README's tables of results are made anew as well.
 
     Returns the names refreshed. Raises DsvError, before writing any, if a notebook has no run
-    of the present code.
+    of the present code here, or one older than its figures.
     """
     import nbformat
 
@@ -48,12 +55,25 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
                 raise DsvError(f"{job.notebook}: no outputs of the present code to take; {fix}")
             target = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
             executed = nbformat.read(job.build(".ipynb"), as_version=4)
+            _check_same_run(job, executed)
             ready.append((target, normalise(executed, target)))
         for target, notebook in ready:
             with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as out:
                 nbformat.write(notebook, out)
         refresh_readme()
     return [target.stem for target, _ in ready]
+
+
+def _check_same_run(job: Job, executed: Any) -> None:
+    """Raise DsvError if the figures come from a later run, which was made in another checkout."""
+    ended = executed.metadata.get("papermill", {}).get("end_time")
+    finished = read_record(job.directory)["finished"]
+    if ended and finished[:19] > ended[:19]:  # both UTC, to the second
+        raise DsvError(
+            f"{job.notebook}: expected outputs of the run that made the figures ({finished}), got "
+            f"older ones ({ended}); run dsv reproduce --preset {job.preset} --only {job.notebook} "
+            f"--force"
+        )
 
 
 def refresh_readme() -> bool:

@@ -129,32 +129,17 @@ RECIPES = {
         dataset="cifar10-jpeg",
         architecture="convnet",
         options={},
+        # Fixed beforehand, from what 24 epochs with shifts of two pixels and a decay of 5e-4 left:
+        # 83.7 % test and a gap of nine points to the training images. Eight more epochs from
+        # there, with shifts of four, closed two points of the gap and gained nothing (83.2 %).
         training=TrainConfig(
-            epochs=24,
+            epochs=36,
             batch_size=64,
             learning_rate=0.05,
-            weight_decay=5e-4,
+            weight_decay=7.5e-4,
             schedule="one-cycle",
-            augmentation=AugmentationConfig(flip=0.5, translate=0.0625),
+            augmentation=AugmentationConfig(flip=0.5, translate=0.09375),
         ),
-    ),
-    "cifar10-jpeg-convnet-instance-restarted": Recipe(
-        purpose="32×32 photographs: `cifar10-jpeg-convnet-instance` after a second, shorter cycle",
-        dataset="cifar10-jpeg",
-        architecture="convnet",
-        options={},
-        # The first one knows its training images by 9 points better than others, hence the wider
-        # shifts. (Five epochs of them at a rate of 0.02, averaged, were too few: 83.2 %.)
-        training=TrainConfig(
-            epochs=8,
-            batch_size=64,
-            learning_rate=0.03,
-            weight_decay=5e-4,
-            schedule="cosine",
-            augmentation=AugmentationConfig(flip=0.5, translate=0.125),
-            average_epochs=2,
-        ),
-        start="cifar10-jpeg-convnet-instance",
     ),
     "cifar10-jpeg-judge": Recipe(
         purpose=(

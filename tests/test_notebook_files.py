@@ -73,6 +73,22 @@ def test_refresh_keeps_what_is_equal_between_two_equal_runs(checkout: Path) -> N
     assert result.execution_count == 2
 
 
+def test_outputs_of_an_older_run_than_the_figures_are_refused(checkout: Path) -> None:
+    run_without_kernel([])
+    (job,) = plan()
+    executed = nbformat.read(job.build(".ipynb"), as_version=4)
+    path = checkout / "notebooks" / "01_line.ipynb"
+    before = path.read_bytes()
+    executed.metadata["papermill"]["end_time"] = "2001-01-01T00:00:00.5+00:00"
+    nbformat.write(executed, job.build(".ipynb"))
+    with pytest.raises(DsvError, match=r"older ones \(2001.*--only 01_line --force"):
+        refresh_notebooks()
+    assert path.read_bytes() == before
+    executed.metadata["papermill"]["end_time"] = "2999-01-01T00:00:00.5+00:00"
+    nbformat.write(executed, job.build(".ipynb"))
+    assert refresh_notebooks() == ["01_line"]
+
+
 def test_outputs_go_stale_with_the_code(checkout: Path) -> None:
     assert any("not of the present code" in problem for problem in check_notebooks())
     with pytest.raises(DsvError, match=r"no outputs .*--preset quick --only 01_line --force"):
