@@ -8,6 +8,7 @@ before a rule runs and after it failed, and what was published earlier has to st
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,13 +35,16 @@ from dsvlib.run import (
 def up_to_date(job: Job) -> bool:
     """Return whether this checkout ran the job whole, with this code, these parameters and images.
 
-    Committed figures are not enough: a fresh clone makes its own, which is what it is for.
+    Committed figures are not enough: a fresh clone makes its own, which is what it is for. Nor are
+    outputs older than the figures, which then came from another checkout.
     """
-    if not job.build(".ipynb").is_file():
-        return False
     try:
+        executed = json.loads(job.build(".ipynb").read_text(encoding="utf-8"))
         record = read_record(job.directory)
-    except RecordError:
+    except (OSError, ValueError, RecordError):
+        return False
+    ended = executed["metadata"].get("papermill", {}).get("end_time") or record["finished"]
+    if record["finished"][:19] > ended[:19]:  # both UTC, to the second
         return False
     return record["request"] == request(job) and is_current(record)
 

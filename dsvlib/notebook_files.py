@@ -25,7 +25,6 @@ from dsvlib.run import (
     code_cells,
     digest,
     library_digest,
-    read_record,
     repository_root,
 )
 from dsvlib.wall import fill_results
@@ -42,8 +41,8 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
 
     The README's tables of results are made anew as well.
 
-    Returns the names refreshed. Raises DsvError, before writing any, if a notebook has no run
-    of the present code here, or one older than its figures.
+    Returns the names refreshed. Raises DsvError, before writing any, if a notebook has not been run
+    here with the present code (`dsvlib.graph.up_to_date`).
     """
     import nbformat
 
@@ -52,28 +51,18 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
         for job in plan(preset, only=only):
             if not up_to_date(job):
                 fix = f"run dsv reproduce --preset {preset} --only {job.notebook} --force"
-                raise DsvError(f"{job.notebook}: no outputs of the present code to take; {fix}")
+                raise DsvError(
+                    f"{job.notebook}: expected outputs of the present code and of the run that "
+                    f"made the figures, found none in build/{preset}; {fix}"
+                )
             target = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
             executed = nbformat.read(job.build(".ipynb"), as_version=4)
-            _check_same_run(job, executed)
             ready.append((target, normalise(executed, target)))
         for target, notebook in ready:
             with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as out:
                 nbformat.write(notebook, out)
         refresh_readme()
     return [target.stem for target, _ in ready]
-
-
-def _check_same_run(job: Job, executed: Any) -> None:
-    """Raise DsvError if the figures come from a later run, which was made in another checkout."""
-    ended = executed.metadata.get("papermill", {}).get("end_time")
-    finished = read_record(job.directory)["finished"]
-    if ended and finished[:19] > ended[:19]:  # both UTC, to the second
-        raise DsvError(
-            f"{job.notebook}: expected outputs of the run that made the figures ({finished}), got "
-            f"older ones ({ended}); run dsv reproduce --preset {job.preset} --only {job.notebook} "
-            f"--force"
-        )
 
 
 def refresh_readme() -> bool:

@@ -69,5 +69,6 @@ def publish(job: Job, run_id: str = "") -> Path:
         run.record("K1", "steps", 5, std=0.5, unit="%", paper=7)
         run.complete()
     job.build(".ipynb").parent.mkdir(parents=True, exist_ok=True)
-    job.build(".ipynb").touch()  # what papermill leaves beside it
+    executed = nbformat.v4.new_notebook()
+    nbformat.write(executed, job.build(".ipynb"))  # what papermill leaves beside it
     return run.directory
