@@ -18,7 +18,7 @@ from dsvlib.claims import claim_ids, fill_claims
 from dsvlib.editions import exercise_problems, student_problems
 from dsvlib.files import atomic_path
 from dsvlib.graph import up_to_date
-from dsvlib.presets import Job, notebook_names, plan, read_parameters, read_presets
+from dsvlib.presets import notebook_names, plan, read_parameters, read_presets
 from dsvlib.reproduce import exclusive
 from dsvlib.run import (
     DsvError,
