@@ -9,18 +9,19 @@
 # (dsvlib/graph.py says how): file times count for nothing, which is what ancient() means.
 
 import os
+import re
 import shlex
 import sys
 
 from dsvlib.files import checkpoints_folder
-from dsvlib.graph import mark, options, sources, stamp
+from dsvlib.graph import mark, options, sources, stamp, which
 from dsvlib.presets import plan
 from dsvlib.run import figures_root, repository_root
 
 PRESET = config.get("preset", "quick")
 FIGURES = os.path.relpath(figures_root(), repository_root())
 JOBS = {
-    job.notebook: job
+    job.name: job
     for job in plan(
         PRESET, device=config.get("device") or None, data_root=config.get("data_root") or None
     )
@@ -38,7 +39,7 @@ DSV = f"{shlex.quote(sys.executable)} -m dsvlib.cli"
 
 wildcard_constraints:
     preset=PRESET,
-    notebook="|".join(JOBS),
+    job="|".join(map(re.escape, JOBS)),
 
 
 rule ledger:
@@ -54,20 +55,21 @@ rule ledger:
 
 rule notebook:
     input:
-        ancient("notebooks/{notebook}.ipynb"),
+        ancient(lambda wildcards: f"notebooks/{JOBS[wildcards.job].notebook}.ipynb"),
         ancient("notebooks/presets.yml"),
         ancient(sources()),
         ancient(expand(f"{CHECKPOINTS}/{{name}}.safetensors", name=sorted(SHIPPED))),
     output:
-        "build/{preset}/{notebook}.done",
+        "build/{preset}/{job}.done",
     params:
+        which=lambda wildcards: shlex.join(which(JOBS[wildcards.job])),
         options=shlex.join(options(config)),
     threads: int(config.get("threads", 1))
     resources:
         mem_mb=4096,
-        runtime=lambda wildcards: max(1, round(JOBS[wildcards.notebook].timeout_s / 60)),
+        runtime=lambda wildcards: max(1, round(JOBS[wildcards.job].timeout_s / 60)),
     shell:
-        f"{DSV} notebooks run {{wildcards.notebook}} --preset {{wildcards.preset}} "
+        f"{DSV} notebooks run {{params.which}} --preset {{wildcards.preset}} "
         "--threads {threads} {params.options}"
 
 

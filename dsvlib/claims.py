@@ -21,7 +21,7 @@ import yaml
 
 from dsvlib.files import PACKAGE, atomic_path
 from dsvlib.presets import notebook_names, read_presets
-from dsvlib.results import measured, value_cells, values_of, whole_runs
+from dsvlib.results import measured, repetitions, value_cells, values_of, whole_runs
 from dsvlib.run import (
     BADGES,
     DsvError,
@@ -29,6 +29,7 @@ from dsvlib.run import (
     Value,
     explain,
     figures_root,
+    read_record,
 )
 
 CLAIMS = PACKAGE / "claims.yml"
@@ -194,7 +195,7 @@ def _row(
             verdict = Verdict.NOT_ATTEMPTED
             reason = "a smoke run shows only that everything runs"
         else:
-            verdict, reason = _verdict(claim, directory, record)
+            verdict, reason = _over_seeds(claim, directory, record)
     else:
         verdict, reason = Verdict.NOT_ATTEMPTED, _why_not(claim, preset, omitted)
     return ClaimRow(
@@ -231,6 +232,22 @@ def _headline(claim: _Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
     named = [recorded[name] for name in claim.photographs if name in recorded]
     named = named or [recorded[name] for name in claim.values if name in recorded]
     return tuple(named or list(recorded.values())[:3])
+
+
+def _over_seeds(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Return the verdict at all seeds of a run: the one that they agree on, else partly."""
+    verdict, reason = _verdict(claim, directory, record)
+    found = {record["seed"]: verdict}
+    for folder in repetitions(directory):
+        other = read_record(folder)
+        found[other["seed"]] = _verdict(claim, folder, other)[0]
+    if len(found) == 1:
+        return verdict, reason
+    if len(set(found.values())) == 1:
+        seeds = " and ".join(map(str, list(found)[1:]))
+        return verdict, f"seed {record['seed']}: {reason}; the same verdict at seeds {seeds}"
+    others = ", ".join(f"seed {seed} {word}" for seed, word in list(found.items())[1:])
+    return _together(list(found.values())), f"seed {record['seed']}: {reason}; {others}"
 
 
 def _verdict(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:

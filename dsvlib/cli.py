@@ -123,6 +123,9 @@ def refresh(preset: Preset = "quick", only: Only = None) -> None:
 def run_one(
     name: Annotated[str, typer.Argument(help="A notebook, by number or name.")],
     preset: Preset = "quick",
+    seed: Annotated[
+        int | None, typer.Option(help="Of a repetition that the preset asks for.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
@@ -133,11 +136,19 @@ def run_one(
     from dsvlib.presets import plan
     from dsvlib.reproduce import run_notebook
 
-    (job,) = plan(preset, only=[name], device=device, data_root=data_root)
+    jobs = plan(preset, only=[name], device=device, data_root=data_root)
+    known = {job.repetition: job for job in jobs}
+    if seed not in known:
+        seeds = ", ".join(str(s) for s in known if s is not None) or "no seed"
+        raise RequestError(
+            f"--seed: preset {preset!r} repeats {jobs[0].notebook} at {seeds}, got {seed}; add it "
+            "to the preset's 'repeat' in notebooks/presets.yml"
+        )
+    job = known[seed]
     flags = [f"--device {device}" if device else "", "--data-root PATH" if data_root else ""]
     run_id = os.environ.get("DSV_RUN_ID")  # of the run that holds this checkout, if there is one
     if run_notebook(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
-        raise DsvError(f"{job.notebook} failed; the reason is above")
+        raise DsvError(f"{job.name} failed; the reason is above")
 
 
 @notebooks.command()
@@ -428,7 +439,7 @@ def doctor(
     print(f"\nforecast for dsv reproduce --preset {preset} (recorded runs, other machines differ):")
     expected = forecast(todo)
     for entry in expected:
-        print(f"{entry.notebook:32} {entry}")
+        print(f"{entry.job:32} {entry}")
     print(f"{'together, one after another':32} {total(expected)}")
     if not shipped:
         raise DsvError("no shipped classifier found; restore data/checkpoints from the repository")

@@ -10,15 +10,15 @@ from pathlib import Path
 from dsvlib.downloads import FOLDERS, archives, data_sets, default_root
 from dsvlib.graph import up_to_date
 from dsvlib.presets import Job
-from dsvlib.reproduce import duration
+from dsvlib.reproduce import duration, expected_seconds
 from dsvlib.run import RecordError, read_record
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one notebook took when it was last recorded; None where nobody knows."""
+    """What one job took when it was last recorded; None where nobody knows."""
 
-    notebook: str
+    job: str
     seconds: float | None
     threads: int | None
     device: str
@@ -38,12 +38,11 @@ def forecast(jobs: Sequence[Job]) -> list[Forecast]:
     """Return what each job took in the run recorded last, on this or another machine."""
     found = []
     for job in jobs:
-        seconds, threads, device = job.expected_s, None, ""
+        seconds, threads, device = expected_seconds(job), None, ""
         with suppress(RecordError):
-            record = read_record(job.directory)
-            seconds = float(record["seconds"])
-            threads, device = record["environment"]["threads"], record["environment"]["device"]
-        found.append(Forecast(job.notebook, seconds, threads, device, up_to_date(job)))
+            about = read_record(job.directory)["environment"]
+            threads, device = about["threads"], about["device"]
+        found.append(Forecast(job.name, seconds, threads, device, up_to_date(job)))
     return found
 
 
@@ -53,7 +52,7 @@ def total(forecasts: Sequence[Forecast]) -> str:
     known = [f for f in due if f.seconds is not None]
     if not due:
         return "nothing to run"
-    text = f"{duration(sum(f.seconds or 0 for f in known))} for {len(known)} notebooks"
+    text = f"{duration(sum(f.seconds or 0 for f in known))} for {len(known)} runs"
     if threads := {f.threads for f in known if f.threads}:
         text += f", recorded on {' or '.join(map(_cores, sorted(threads)))}"
     return text + (f"; {len(due) - len(known)} more unknown" if len(due) > len(known) else "")

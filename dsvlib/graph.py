@@ -1,7 +1,7 @@
 """The graph: classifiers → notebooks → claim ledger → site, scheduled by Snakemake (``Snakefile``).
 
 Digests decide what is out of date, not file times, which a checkout or a copy changes. A stamp,
-``build/<preset>/<notebook>.done``, stands exactly where a notebook is up to date: it is what
+``build/<preset>/<job>.done``, stands exactly where a job is up to date: it is what
 Snakemake sees. Figures and records are no outputs in its sense, since Snakemake deletes outputs
 before a rule runs and after it failed, and what was published earlier has to stay whole.
 """
@@ -130,7 +130,7 @@ def schedule(
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
         "PYTHONUNBUFFERED": "1",
     }
-    position = {job.notebook: f"[{i}/{len(jobs)}] " for i, job in enumerate(jobs, 1)}
+    position = {job.name: f"[{i}/{len(jobs)}] " for i, job in enumerate(jobs, 1)}
     heard: set[str] = set()
     bar = tqdm(total=len(jobs), disable=not sys.stderr.isatty(), leave=False, unit="notebook")
     with log.open("w", encoding="utf-8") as errors, bar:
@@ -139,19 +139,19 @@ def schedule(
             start_new_session=True,
         )  # fmt: skip
         for line in process.stdout or ():
-            notebook, _, rest = line.rstrip().partition(" · ")
-            if notebook in position:
+            name, _, rest = line.rstrip().partition(" · ")
+            if name in position:
                 with tqdm.external_write_mode():
-                    echo(f"{position[notebook]}{line.rstrip()}")
-                heard.add(notebook)
+                    echo(f"{position[name]}{line.rstrip()}")
+                heard.add(name)
                 bar.update(rest.startswith(("done", "FAILED")))
         status = process.wait()
     for job in jobs:
-        if job.notebook not in heard and not stamp(job).is_file():
+        if job.name not in heard and not stamp(job).is_file():
             last = [line.strip() for line in log.read_text().splitlines() if line.strip()]
             reason = last[-1] if last else "no message"
             echo(
-                f"{position[job.notebook]}{job.notebook} · FAILED: not started, snakemake ended "
+                f"{position[job.name]}{job.name} · FAILED: not started, snakemake ended "
                 f"with status {status}: {reason}; log: {os.path.relpath(log, root)}"
             )
 
@@ -163,3 +163,9 @@ def options(config: dict[str, Any]) -> list[str]:
         if config.get(key):
             words += [f"--{key.replace('_', '-')}", str(config[key])]
     return words
+
+
+def which(job: Job) -> list[str]:
+    """Return the words of `dsv notebooks run` that name the job: its notebook, and its seed."""
+    seed = [] if job.repetition is None else ["--seed", str(job.repetition)]
+    return [job.notebook, *seed]

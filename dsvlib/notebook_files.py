@@ -49,6 +49,8 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
     ready = []
     with exclusive(uuid.uuid4().hex):
         for job in plan(preset, only=only):
+            if job.repetition is not None:
+                continue
             if not up_to_date(job):
                 fix = f"run dsv reproduce --preset {preset} --only {job.notebook} --force"
                 raise DsvError(

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from dsvlib.run import DsvError, RequestError, code_cells, figures_root, reposit
 
 COMMON = {"preset": ("str", "quick"), "seed": ("int", 0), "device": ("str", "auto")}
 COMMON["data_root"] = ("str", "")
-PRESET_KEYS = {"description", "timeout_s", "expected_s", "omit", "notebooks"}
+PRESET_KEYS = {"description", "timeout_s", "expected_s", "omit", "repeat", "notebooks"}
+REPETITIONS = "seeds"  # folder of figures/ with one root of figures for each further seed
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,39 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook with everything that decides its result."""
+    """One notebook with everything that decides its result.
+
+    `repetition` is the seed of a run that repeats the notebook, None for the run whose figures the
+    preset shows.
+    """
 
     notebook: str
     preset: str
     parameters: dict[str, Any]
     timeout_s: float
     expected_s: float | None
+    repetition: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the job is called: its notebook, and the seed where it repeats one."""
+        return self.notebook + ("" if self.repetition is None else f".seed-{self.repetition}")
+
+    @property
+    def figures(self) -> Path:
+        """The root of figures below which the notebook publishes; repetitions have their own."""
+        if self.repetition is None:
+            return figures_root()
+        return figures_root() / REPETITIONS / str(self.repetition)
 
     @property
     def directory(self) -> Path:
         """Where the notebook publishes."""
-        return figures_root() / self.preset / self.notebook
+        return self.figures / self.preset / self.notebook
 
     def build(self, suffix: str) -> Path:
         """Return a by-product of the run, such as its log."""
-        return repository_root() / "build" / self.preset / f"{self.notebook}{suffix}"
+        return repository_root() / "build" / self.preset / f"{self.name}{suffix}"
 
 
 def notebook_names() -> list[str]:
@@ -169,11 +187,16 @@ def _check_preset(name: str, preset: Any) -> dict[str, Any]:
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0:
         raise DsvError(f"{where}: timeout_s: expected seconds > 0, got {limit!r}")
     names = notebook_names()
-    for key in ("expected_s", "omit", "notebooks"):
+    for key in ("expected_s", "omit", "repeat", "notebooks"):
         checked[key] = _mapping(checked.get(key) or {}, f"{where}: {key}")
         for notebook in checked[key]:
             if notebook not in names:
                 raise RequestError.unknown(f"notebook in {where}: {key}:", str(notebook), names)
+    for notebook, seeds in checked["repeat"].items():
+        whole = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
+        if not whole or len(set(seeds)) < len(seeds):
+            wanted = "expected a list of different seeds ≥ 0"
+            raise DsvError(f"{where}: repeat: {notebook}: {wanted}, got {seeds!r}")
     return checked
 
 
@@ -185,6 +208,8 @@ def plan(
     data_root: str | None = None,
 ) -> list[Job]:
     """Return the notebooks to run with their complete parameters; no kernel starts.
+
+    A notebook that the preset repeats is followed by one job for each further seed.
 
     Raises RequestError for anything asked for that does not exist or does not fit.
     """
@@ -208,7 +233,10 @@ def plan(
             given = _mapping(chosen["notebooks"].get(name) or {}, f"presets.yml: {preset}: {name}")
             full = resolve(name, given, f"presets.yml: {preset}: {name}") | common
             job = Job(name, preset, full, chosen["timeout_s"], chosen["expected_s"].get(name))
-            jobs.append(job)
+            again = [seed for seed in chosen["repeat"].get(name, ()) if seed != full["seed"]]
+            jobs += [job] + [
+                replace(job, parameters=full | {"seed": seed}, repetition=seed) for seed in again
+            ]
     if not jobs:
         raise RequestError(
             f"preset {preset!r} has no notebooks here; expected notebooks/NN_*.ipynb"

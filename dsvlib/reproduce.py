@@ -76,11 +76,11 @@ def reproduce(
         stale = mark(todo, force=force)
         for job in todo:
             if job not in stale:
-                echo(f"{job.notebook} · up to date (--force runs it again)")
+                echo(f"{job.name} · up to date (--force runs it again)")
         if len(stale) > 1:
             known = [s for s in map(expected_seconds, stale) if s]
             rest = f", {len(stale) - len(known)} unknown" if len(known) < len(stale) else ""
-            echo(f"forecast: {duration(sum(known) / jobs)} for {len(stale)} notebooks{rest}")
+            echo(f"forecast: {duration(sum(known) / jobs)} for {len(stale)} runs{rest}")
         if stale:
             threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or _cores()) // jobs)
             try:
@@ -104,7 +104,7 @@ def reproduce(
                 write_results(preset)
             except RecordError as error:
                 echo(f"no claim ledger: {error}")
-    if values := summary([job.directory for job in todo]):
+    if values := summary([job.directory for job in todo if job.repetition is None]):
         echo(values)
     return all(stamp(job).is_file() for job in todo)
 
@@ -119,9 +119,10 @@ def _check_writable() -> None:
 
 
 def expected_seconds(job: Job) -> float | None:
-    """Return how long the job took last time, else what the preset says, else None."""
-    with suppress(RecordError):
-        return float(read_record(job.directory)["seconds"])
+    """Return what the job took last time, or its notebook, else what the preset says, else None."""
+    for folder in (job.directory, figures_root() / job.preset / job.notebook):
+        with suppress(RecordError):
+            return float(read_record(folder)["seconds"])
     return job.expected_s
 
 
@@ -149,21 +150,21 @@ def run_notebook(
                 _remove_staging(job)
     stamp(job).unlink(missing_ok=True)
     expected = expected_seconds(job)
-    echo(f"{job.notebook} · expected {duration(expected) if expected else 'unknown'}")
+    echo(f"{job.name} · expected {duration(expected) if expected else 'unknown'}")
     for retry in (True, False):
-        run = _start(job, f"{run_id}-{job.notebook}", threads or _cores(), flags)
+        run = _start(job, f"{run_id}-{job.name}", threads or _cores(), flags)
         with suppress(subprocess.TimeoutExpired):
             run.process.wait(job.timeout_s)
         if not (retry and _never_began(run)):
             break
-        echo(f"{job.notebook} · the kernel did not start, trying once more")
+        echo(f"{job.name} · the kernel did not start, trying once more")
     reason = _verdict(run)
     if reason:
-        echo(f"{job.notebook} · FAILED after {duration(run.seconds)}: {reason}")
+        echo(f"{job.name} · FAILED after {duration(run.seconds)}: {reason}")
     else:
         with atomic_path(stamp(job)) as temporary:
             temporary.write_text(read_record(job.directory)["finished"] + "\n", encoding="utf-8")
-        echo(f"{job.notebook} · done in {duration(run.seconds)}")
+        echo(f"{job.name} · done in {duration(run.seconds)}")
     return reason
 
 
@@ -180,7 +181,7 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
         "DSV_RUN_ID": run_id,
         "DSV_RUN_CONTEXT": json.dumps(context),
         "DSV_ROOT": str(root),
-        "DSV_FIGURES": str(figures_root().absolute()),
+        "DSV_FIGURES": str(job.figures.absolute()),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         # threads that wait by spinning make a busy machine several times slower
@@ -277,7 +278,7 @@ def end_processes(run_id: str) -> None:
 
 
 def _remove_staging(job: Job) -> None:
-    for left in (figures_root() / ".staging").glob(f"{job.preset}-{job.notebook}-*"):
+    for left in (job.figures / ".staging").glob(f"{job.preset}-{job.notebook}-*"):
         pid = int(left.name.rsplit("-", 1)[1])
         try:
             os.kill(pid, 0)  # a notebook that someone has open keeps its staging folder

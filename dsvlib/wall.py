@@ -1,6 +1,6 @@
 """What recorded runs say: a summary for the terminal, a wall of figures, the README's tables.
 
-All are made from the records and sidecars alone (`read_record` checks them); nothing runs here.
+All are made from the records and sidecars alone (`read_run` checks them); nothing runs here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dsvlib.files import atomic_path
-from dsvlib.results import measured
-from dsvlib.run import RecordError, figures_root, read_record
+from dsvlib.results import measured, read_run
+from dsvlib.run import RecordError, figures_root
 
 
 def _measured(value: Mapping[str, Any]) -> str:
@@ -26,7 +26,7 @@ def summary(directories: Iterable[Path]) -> str:
     rows = []
     for directory in directories:
         with suppress(RecordError):
-            for value in read_record(directory)["values"]:
+            for value in read_run(directory)["values"]:
                 paper = "" if value["paper"] is None else f"paper {value['paper']:.4g}"
                 rows.append((value["claim"], value["name"], _measured(value), paper))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
@@ -41,13 +41,17 @@ def write_wall(preset: str) -> Path:
     for directory in sorted(p for p in folder.glob("*") if p.is_dir()):
         parts += [f"## {directory.name}", ""]
         try:
-            record = read_record(directory)
+            record = read_run(directory)
         except RecordError as error:
             parts += [f"*No complete run: {error}*", ""]
             continue
         sidecars = [name for name in sorted(record["files"]) if name.endswith(".json")]
         for name in sidecars:
             parts += _wall_entry(directory, json.loads((directory / name).read_text("utf-8")))
+        if again := record.get("repetitions"):
+            links = [f"[seed {other['seed']}](../../{other['folder']})" for other in again]
+            parts += [f"Pictures of seed {record['seed']}, values over the seeds; pictures of the "
+                      f"others: {', '.join(links)}.", ""]  # fmt: skip
         if record["values"]:
             parts += ["| claim | quantity | value | n | paper |", "|---|---|---|---|---|"]
             for v in record["values"]:
@@ -94,7 +98,7 @@ def _results_table(marker: re.Match[str]) -> str:
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for directory in sorted((figures_root() / marker["preset"]).glob("*/")):
         with suppress(RecordError):
-            for value in read_record(directory)["values"]:
+            for value in read_run(directory)["values"]:
                 found[f"{value['claim']}/{value['name']}"] = directory.name, value
     lines = ["| claim | quantity | measured | n | paper | notebook |", "|---|---|---|---|---|---|"]
     for wanted in marker["wanted"].split():

@@ -263,7 +263,7 @@ def test_doctor_says_what_is_missing_and_what_it_costs(
     missing = f"data cifar10-jpeg missing: copy train/<class>/* and test/<class>/* to {tmp_path}"
     assert missing in printed
     assert re.search(r"^04_coresets +(up to date|.* (min|s) on \d cores?)", printed, re.MULTILINE)
-    assert re.search(r"^together, .* for \d+ notebooks", printed, re.MULTILINE)
+    assert re.search(r"^together, .* for \d+ runs", printed, re.MULTILINE)
     (tmp_path / "cifar10-jpeg" / "train").mkdir(parents=True)
     assert run("doctor", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
     assert "data cifar10-jpeg present" in capsys.readouterr().out

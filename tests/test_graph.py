@@ -23,6 +23,7 @@ from dsvlib.files import PACKAGE
 from dsvlib.graph import mark, stamp, up_to_date
 from dsvlib.presets import plan
 from dsvlib.reproduce import reproduce
+from dsvlib.results import read_run, values_of
 from dsvlib.run import DsvError, read_record
 
 TABLE = """
@@ -159,6 +160,27 @@ def test_plain_snakemake_runs_notebook_and_ledger_and_then_nothing(checkout: Pat
     again = snakemake(checkout, "--cores", "2", "--config", "preset=smoke")
     assert again.returncode == 0
     assert "Nothing to be done" in again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_a_repeated_notebook_runs_at_every_seed(checkout: Path) -> None:
+    body = BODY.replace("steps, paper", "steps + seed, paper")
+    write_notebook(checkout, "01_line", body, END)
+    write_presets(checkout, quick={"repeat": {"01_line": [100, 200]}})
+    said: list[str] = []
+    assert reproduce(jobs=2, echo=said.append), said
+    assert any("01_line.seed-100 · done in" in line for line in said)
+    first, *others = plan()
+    records = [read_record(job.directory) for job in (first, *others)]
+    assert [record["seed"] for record in records] == [0, 100, 200]
+    value, *_ = values_of(read_run(first.directory))
+    assert (value.std, value.n, value.seeds) == (100.0, 3, (0, 100, 200))
+    assert "[seed 100](../../figures/seeds/100/quick/01_line)" in (
+        first.directory.with_name("README.md").read_text(encoding="utf-8")
+    )
+    assert mark(plan()) == []
+    shutil.rmtree(others[0].directory)
+    assert mark(plan()) == others[:1], "one seed that is missing runs alone"
 
 
 @pytest.mark.slow

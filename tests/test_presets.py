@@ -126,3 +126,19 @@ def test_coerce(annotation: str, value: object, expected: object) -> None:
     result = coerce(value, ast.parse(annotation, mode="eval").body)
     assert result == expected
     assert type(result) is type(expected)
+
+
+def test_a_repeated_notebook_is_followed_by_its_other_seeds(checkout: Path) -> None:
+    write_presets(checkout, smoke={"repeat": {"01_line": [100, 0, 7]}})
+    jobs = plan("smoke")
+    assert [job.name for job in jobs] == ["01_line", "01_line.seed-100", "01_line.seed-7"]
+    assert [job.parameters["seed"] for job in jobs] == [0, 100, 7], "0 is the preset's own"
+    assert jobs[1].directory == checkout / "figures" / "seeds" / "100" / "smoke" / "01_line"
+    assert len({job.build(".log") for job in jobs}) == 3
+
+
+@pytest.mark.parametrize("seeds", [3, [1, 1], ["1"], [-1], [True]])
+def test_bad_seeds_of_a_repetition_are_refused(checkout: Path, seeds: Any) -> None:
+    write_presets(checkout, smoke={"repeat": {"01_line": seeds}})
+    with pytest.raises(DsvError, match="repeat: 01_line: expected a list of different seeds"):
+        plan("smoke")

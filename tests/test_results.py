@@ -10,8 +10,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from dsvlib.claims import claim_rows
 from dsvlib.files import repository_root
-from dsvlib.results import COLUMNS, measured, results, results_folder, write_results
+from dsvlib.results import (
+    COLUMNS,
+    measured,
+    read_run,
+    results,
+    results_folder,
+    values_of,
+    write_results,
+)
 from dsvlib.run import RecordError, Run
 
 COMMITTED = sorted((repository_root() / "data" / "results").glob("*.csv"))
@@ -77,3 +86,68 @@ def test_committed_tables_are_those_of_the_records(
 )
 def test_a_value_has_as_many_digits_as_its_spread(value, std, unit, text) -> None:
     assert measured(value, std, unit) == text
+
+
+def run_at(seed: int, preset: str = "quick", steps: int = 5, **values: float) -> Path:
+    run = Run.start(
+        "08_latent_labels", preset=preset, seed=seed, parameters={"seed": seed, "n": steps}
+    )
+    for name, value in values.items():
+        run.record("DSV-F3", name, value, n=200, unit="%", paper=90, note="by one draw")
+    run.save_table(
+        pd.DataFrame({"claim": ["DSV-F3"], "verdict": ["partly" if seed else "reproduced"]}),
+        "verdicts",
+    )
+    run.complete()
+    return run.directory
+
+
+def repeat_at(seed: int, figures: Path, monkeypatch: pytest.MonkeyPatch, **values: float) -> Path:
+    with monkeypatch.context() as patch:
+        patch.setenv("DSV_FIGURES", str(figures / "seeds" / str(seed)))
+        return run_at(seed, **values)
+
+
+def test_values_of_repetitions_are_taken_together(
+    figures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_at(0, flips=60.0, alone=1.0)
+    assert "repetitions" not in read_run(folder)
+    repeat_at(200, figures, monkeypatch, flips=66.0, late=2.0)
+    repeat_at(100, figures, monkeypatch, flips=63.0, late=4.0)
+    found = {value.name: value for value in values_of(read_run(folder))}
+    flips, alone, late = found["flips"], found["alone"], found["late"]
+    assert (flips.value, flips.std, flips.n, flips.seeds) == (63.0, 3.0, 3, (0, 100, 200))
+    assert (flips.unit, flips.paper) == ("%", 90)
+    assert flips.note == "mean over seeds, n = 200 at each; seed 0: by one draw"
+    assert (alone.value, alone.std, alone.n, alone.seeds) == (1.0, None, 200, (0,))
+    assert alone.note.startswith("recorded at 1 of 3 seeds")
+    assert (late.value, late.seeds) == (3.0, (100, 200))
+    text, about = results("quick")
+    (row,) = (r for r in csv.DictReader(io.StringIO(text)) if r["quantity"] == "flips")
+    assert (float(row["value"]), float(row["std"]), row["seeds"]) == (63.0, 3.0, "0 100 200")
+    listed = about["runs"]["08_latent_labels"]["repetitions"]
+    assert [other["seed"] for other in listed] == [100, 200]
+    assert listed[0]["folder"] == "figures/seeds/100/quick/08_latent_labels"
+
+
+def test_the_ledger_takes_the_verdicts_of_all_seeds_together(
+    figures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_at(0, classifier_dsv_difference=60.0)
+    repeat_at(100, figures, monkeypatch, classifier_dsv_difference=62.0)
+    (row,) = (r for r in claim_rows("quick") if r.id == "DSV-F3")
+    assert row.verdict == "partly"
+    assert row.reason == "seed 0: reproduced; seed 100 partly"
+    assert "61.0 ± 1.4 % (n = 2)" in row.measured
+
+
+def test_a_repetition_of_another_experiment_is_refused(
+    figures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_at(0, flips=60.0)
+    with monkeypatch.context() as patch:
+        patch.setenv("DSV_FIGURES", str(figures / "seeds" / "7"))
+        run_at(7, steps=6, flips=1.0)
+    with pytest.raises(RecordError, match="same code, data and parameters, got others at seed 7"):
+        read_run(folder)
