@@ -244,8 +244,8 @@ def _over_seeds(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tu
     if len(found) == 1:
         return verdict, reason
     if len(set(found.values())) == 1:
-        seeds = " and ".join(map(str, list(found)[1:]))
-        return verdict, f"seed {record['seed']}: {reason}; the same verdict at seeds {seeds}"
+        others = " and ".join(f"seed {seed}" for seed in list(found)[1:])
+        return verdict, f"seed {record['seed']}: {reason}; the same verdict at {others}"
     others = ", ".join(f"seed {seed} {word}" for seed, word in list(found.items())[1:])
     return _together(list(found.values())), f"seed {record['seed']}: {reason}; {others}"
 

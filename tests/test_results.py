@@ -140,6 +140,9 @@ def test_the_ledger_takes_the_verdicts_of_all_seeds_together(
     assert row.verdict == "partly"
     assert row.reason == "seed 0: reproduced; seed 100 partly"
     assert "61.0 ± 1.4 % (n = 2)" in row.measured
+    run_at(5, classifier_dsv_difference=60.0)  # a base run of another seed, and another verdict
+    (row,) = (r for r in claim_rows("quick") if r.id == "DSV-F3")
+    assert row.reason == "seed 5: partly; the same verdict at seed 100"
 
 
 def test_a_repetition_of_another_experiment_is_refused(
