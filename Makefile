@@ -64,4 +64,4 @@ lock: $(READY) ## resolve the newest allowed versions into requirements.lock
 	  --upgrade --extra dev --extra cluster pyproject.toml --output-file requirements.lock
 
 clean: ## remove what runs have made, but not the environment or committed figures
-	rm -rf build .snakemake figures/smoke figures/.staging .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build .snakemake figures/smoke figures/.staging figures/seeds/*/.staging .pytest_cache .mypy_cache .ruff_cache .benchmarks
