@@ -29,7 +29,6 @@ from dsvlib.run import (
     Value,
     explain,
     figures_root,
-    read_record,
 )
 
 CLAIMS = PACKAGE / "claims.yml"
@@ -235,14 +234,16 @@ def _headline(claim: _Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
 
 
 def _over_seeds(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
-    """Return the verdict at all seeds of a run: the one that they agree on, else partly."""
+    """Return the verdict at all seeds of a run: the one that they agree on, else partly.
+
+    The repetitions' files are known to be sound and to be the same, since `read_run` was here.
+    """
     verdict, reason = _verdict(claim, directory, record)
-    found = {record["seed"]: verdict}
-    for folder in repetitions(directory):
-        other = read_record(folder)
-        found[other["seed"]] = _verdict(claim, folder, other)[0]
-    if len(found) == 1:
+    if "repetitions" not in record:
         return verdict, reason
+    found = {record["seed"]: verdict}
+    for other, folder in zip(record["repetitions"], repetitions(directory), strict=True):
+        found[other["seed"]] = _verdict(claim, folder, record)[0]
     if len(set(found.values())) == 1:
         others = " and ".join(f"seed {seed}" for seed in list(found)[1:])
         return verdict, f"seed {record['seed']}: {reason}; the same verdict at {others}"

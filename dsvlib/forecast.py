@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsvlib.downloads import FOLDERS, archives, data_sets, default_root
 from dsvlib.graph import up_to_date
 from dsvlib.presets import Job
-from dsvlib.reproduce import duration, expected_seconds
-from dsvlib.run import RecordError, read_record
+from dsvlib.reproduce import duration, last_record
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,10 @@ def forecast(jobs: Sequence[Job]) -> list[Forecast]:
     """Return what each job took in the run recorded last, on this or another machine."""
     found = []
     for job in jobs:
-        seconds, threads, device = expected_seconds(job), None, ""
-        with suppress(RecordError):
-            about = read_record(job.directory)["environment"]
-            threads, device = about["threads"], about["device"]
+        seconds, threads, device = job.expected_s, None, ""
+        if record := last_record(job):
+            seconds = float(record["seconds"])
+            threads, device = record["environment"]["threads"], record["environment"]["device"]
         found.append(Forecast(job.name, seconds, threads, device, up_to_date(job)))
     return found
 

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -120,10 +120,16 @@ def _check_writable() -> None:
 
 def expected_seconds(job: Job) -> float | None:
     """Return what the job took last time, or its notebook, else what the preset says, else None."""
-    for folder in (job.directory, figures_root() / job.preset / job.notebook):
+    record = last_record(job)
+    return float(record["seconds"]) if record else job.expected_s
+
+
+def last_record(job: Job) -> dict[str, Any] | None:
+    """Return the job's record, or that of the run which it repeats, or None without either."""
+    for run in (job, replace(job, repetition=None)):
         with suppress(RecordError):
-            return float(read_record(folder)["seconds"])
-    return job.expected_s
+            return read_record(run.directory)
+    return None
 
 
 def run_notebook(

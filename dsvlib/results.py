@@ -55,9 +55,10 @@ def read_run(directory: Path) -> dict[str, Any]:
     by other code, data or parameters, which are not the same experiment.
     """
     record = read_record(directory)
-    others = [read_record(folder) for folder in repetitions(directory)]
-    if not others:
+    folders = repetitions(directory)
+    if not folders:
         return record
+    others = [read_record(folder) for folder in folders]
     for other in others:
         if _experiment(other) != _experiment(record):
             raise RecordError(
@@ -70,7 +71,7 @@ def read_run(directory: Path) -> dict[str, Any]:
         {"folder": f"figures/{folder.relative_to(figures_root()).as_posix()}"}
         | {name: other[name] for name in about}
         | {"record": file_digest(folder / RECORD)}
-        for folder, other in zip(repetitions(directory), others, strict=True)
+        for folder, other in zip(folders, others, strict=True)
     ]
     values = over_seeds([record, *others])
     return record | {"values": [asdict(value) for value in values], "repetitions": listed}

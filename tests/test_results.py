@@ -88,10 +88,9 @@ def test_a_value_has_as_many_digits_as_its_spread(value, std, unit, text) -> Non
     assert measured(value, std, unit) == text
 
 
-def run_at(seed: int, preset: str = "quick", steps: int = 5, **values: float) -> Path:
-    run = Run.start(
-        "08_latent_labels", preset=preset, seed=seed, parameters={"seed": seed, "n": steps}
-    )
+def run_at(seed: int, steps: int = 5, **values: float) -> Path:
+    parameters = {"seed": seed, "steps": steps}
+    run = Run.start("08_latent_labels", preset="quick", seed=seed, parameters=parameters)
     for name, value in values.items():
         run.record("DSV-F3", name, value, n=200, unit="%", paper=90, note="by one draw")
     run.save_table(
