@@ -13,10 +13,10 @@ import re
 import shlex
 import sys
 
-from dsvlib.files import checkpoints_folder
-from dsvlib.graph import mark, options, sources, stamp, which
-from dsvlib.presets import plan
-from dsvlib.run import figures_root, repository_root
+from dsvlib._files import checkpoints_folder
+from companion.graph import mark, options, sources, stamp, which
+from companion.presets import plan
+from companion.runs import figures_root, repository_root
 
 PRESET = config.get("preset", "quick")
 FIGURES = os.path.relpath(figures_root(), repository_root())
@@ -34,7 +34,7 @@ if not config.get("marked") and not workflow.remote_exec:
 CHECKPOINTS = os.path.relpath(checkpoints_folder(), repository_root())
 SHIPPED = {"digits-convnet", "digits-convnet-shuffled", "digits-judge"}
 SHIPPED |= {path.stem for path in checkpoints_folder().glob("*.safetensors")}
-DSV = f"{shlex.quote(sys.executable)} -m dsvlib.cli"
+DSV = f"{shlex.quote(sys.executable)} -m companion.cli"
 
 
 wildcard_constraints:

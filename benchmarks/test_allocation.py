@@ -16,7 +16,7 @@ STEP = """
 import json, sys, time, torch
 import torch.nn.functional as F
 from dsvlib.allocation import keep_memory
-from dsvlib.models import build_model
+from dsvlib.classifiers.architectures import build_model
 if sys.argv[1] == "kept":
     keep_memory()
 torch.set_num_threads(1)

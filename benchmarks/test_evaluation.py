@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from dsvlib import distillation
-from dsvlib.models import build_model
+from dsvlib.classifiers.architectures import build_model
 
 SEEDS, EPOCHS = 3, 3
 SIZES = {  # images, their shape, the network's options

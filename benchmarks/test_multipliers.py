@@ -12,9 +12,10 @@ import sys
 
 import pytest
 
-from dsvlib import GradientConfig, NNLSConfig, classifier, fit_multipliers, load_dataset
-from dsvlib.conditions import evaluation_mode
-from dsvlib.sample_gradients import SampleGradients
+from companion import classifier
+from dsvlib import GradientConfig, NNLSConfig, fit_multipliers, load_dataset
+from dsvlib.frozen import evaluation_mode
+from dsvlib.gradients import SampleGradients
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsvlib.validation import check_number
+from dsvlib._validation import check_number
 
 
 @dataclass(frozen=True, kw_only=True)

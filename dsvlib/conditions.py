@@ -15,53 +15,21 @@ parameters that the sum runs over. The model is read in evaluation mode and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dsvlib._validation import check_choice, check_label_range, check_number, select_params
 from dsvlib.distance import DISTANCES, Distance, distance
-from dsvlib.samples import SupportSet
+from dsvlib.frozen import evaluation_mode
+from dsvlib.logits import LossFn, cross_entropy, is_feasible
 from dsvlib.second_order import cheap_double_backward
-from dsvlib.validation import check_choice, check_label_range, check_number, select_params
-
-LossFn = Callable[[Tensor, Tensor], Tensor]
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each sample, [n]; labels are class numbers or rows over K."""
-    if labels.is_floating_point():
-        labels = labels.to(logits.dtype)
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def predict(logits: Tensor) -> Tensor:
-    """Return the predicted class of each sample, [n]; one logit means a binary score f(x)."""
-    if logits.shape[1] == 1:
-        return (logits[:, 0] > 0).long()
-    return logits.argmax(dim=1)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Read the model with dropout off and running statistics, then put every flag back.
-
-    Flags are set one by one: `train()` and `eval()` may be overridden and do more.
-    """
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+from dsvlib.support_set import SupportSet
 
 
 class Terms(NamedTuple):
@@ -168,12 +136,6 @@ class Conditions:
 def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the tensors as one vector [P], in their order."""
     return torch.cat([value.reshape(-1) for value in tensors.values()])
-
-
-def is_feasible(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return which samples are classified as labelled (soft: as their largest entry), [n]."""
-    target = labels.argmax(dim=1) if labels.is_floating_point() else labels
-    return predict(logits) == target
 
 
 def primal_loss(losses: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

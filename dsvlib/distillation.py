@@ -25,17 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from dsvlib.augmentation import DSA, AugmentationConfig, Draw, apply, draw
-from dsvlib.conditions import Conditions, evaluation_mode, residuals
-from dsvlib.datasets import Split
-from dsvlib.distance import DISTANCES, Distance
-from dsvlib.models import build_model, embed
-from dsvlib.progress import progress_bar
-from dsvlib.samples import SupportSet
-from dsvlib.second_order import cheap_double_backward
-from dsvlib.solution import Solution, Status
-from dsvlib.training import Labelled, TrainConfig, train
-from dsvlib.validation import (
+from dsvlib._progress import progress_bar
+from dsvlib._validation import (
     as_labels,
     check_bounds,
     check_choice,
@@ -43,6 +34,16 @@ from dsvlib.validation import (
     check_inputs,
     check_number,
 )
+from dsvlib.augmentation import DSA, AugmentationConfig, Draw, apply, draw
+from dsvlib.classifiers.architectures import build_model, embed
+from dsvlib.classifiers.training import Labelled, TrainConfig, train
+from dsvlib.conditions import Conditions, residuals
+from dsvlib.data.datasets import Split
+from dsvlib.distance import DISTANCES, Distance
+from dsvlib.frozen import evaluation_mode
+from dsvlib.second_order import cheap_double_backward
+from dsvlib.solution import Solution, Status
+from dsvlib.support_set import SupportSet
 
 
 @dataclass(frozen=True, kw_only=True)

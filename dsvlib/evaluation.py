@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from dsvlib._validation import as_labels, check_inputs, check_label_range, check_same_length
 from dsvlib.augmentation import AugmentationConfig
-from dsvlib.conditions import predict
-from dsvlib.samples import SupportSet
-from dsvlib.training import Labelled, TrainConfig, logits_of, train
-from dsvlib.validation import as_labels, check_inputs, check_label_range, check_same_length
+from dsvlib.classifiers.training import Labelled, TrainConfig, logits_of, train
+from dsvlib.logits import predict
+from dsvlib.support_set import SupportSet
 
 
 def _field_training(epochs: int, augmentation: AugmentationConfig | None) -> TrainConfig:

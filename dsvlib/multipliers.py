@@ -26,16 +26,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsvlib.analysis import entropy
-from dsvlib.conditions import LossFn, evaluation_mode, residuals
+from dsvlib._box_quadratic import Minimum, minimise
+from dsvlib._progress import progress_bar
+from dsvlib._schedule import learning_rate_factor
+from dsvlib._validation import check_choice, check_finite, check_number
+from dsvlib.conditions import residuals
 from dsvlib.distance import DISTANCES, Distance, best_scale, distance
-from dsvlib.nonnegative import Minimum, minimise
-from dsvlib.progress import progress_bar
-from dsvlib.sample_gradients import SampleGradients
-from dsvlib.samples import SupportSet
+from dsvlib.frozen import evaluation_mode
+from dsvlib.gradients import SampleGradients
+from dsvlib.logits import LossFn, entropy
 from dsvlib.solution import Certificate, Solution, Status
-from dsvlib.training import learning_rate_factor
-from dsvlib.validation import check_choice, check_finite, check_number
+from dsvlib.support_set import SupportSet
 
 Vector = NDArray[np.float64]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsvlib.validation import check_inputs
+from dsvlib._validation import check_inputs
 
 
 def total_variation(inputs: Tensor) -> Tensor:

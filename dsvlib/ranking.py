@@ -21,11 +21,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from dsvlib._validation import check_count, check_number
 from dsvlib.augmentation import AugmentationConfig, augment
-from dsvlib.conditions import evaluation_mode
-from dsvlib.sample_gradients import SampleGradients
-from dsvlib.samples import SupportSet
-from dsvlib.validation import check_count, check_number
+from dsvlib.frozen import evaluation_mode
+from dsvlib.gradients import SampleGradients
+from dsvlib.support_set import SupportSet
 
 # stronger than in synthesis, where the label holds under nearly every view
 VIEWS = AugmentationConfig(translate=0.125, scale=0.2, rotate=10.0, noise=0.5)

@@ -15,18 +15,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dsvlib.conditions import evaluation_mode
-from dsvlib.datasets import Dataset
-from dsvlib.models import device_of, embed
-from dsvlib.samples import SupportSet
-from dsvlib.training import Labelled
-from dsvlib.validation import (
+from dsvlib._validation import (
     as_labels,
     check_finite,
     check_inputs,
     check_number,
     check_same_length,
 )
+from dsvlib.classifiers.architectures import embed
+from dsvlib.classifiers.training import Labelled
+from dsvlib.data.datasets import Dataset
+from dsvlib.frozen import device_of, evaluation_mode
+from dsvlib.support_set import SupportSet
 
 
 def select(samples: SupportSet, per_class: int) -> SupportSet:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from dsvlib.conditions import Residuals
-from dsvlib.samples import SupportSet
+from dsvlib.support_set import SupportSet
 
 
 class Status(Enum):

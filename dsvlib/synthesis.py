@@ -22,25 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsvlib.analysis import entropy
-from dsvlib.augmentation import AugmentationConfig, apply, draw
-from dsvlib.conditions import (
-    Conditions,
-    Terms,
-    evaluation_mode,
-    is_feasible,
-    primal_loss,
-    residuals,
-)
-from dsvlib.derivatives import check_not_severed, explain_failure
-from dsvlib.distance import DISTANCES, Distance, best_scale
-from dsvlib.priors import image_variation, squared_norm
-from dsvlib.progress import progress_bar
-from dsvlib.run_state import Checkpoint, State
-from dsvlib.samples import SupportSet
-from dsvlib.solution import Solution, Status
-from dsvlib.training import learning_rate_factor
-from dsvlib.validation import (
+from dsvlib._progress import progress_bar
+from dsvlib._resume import Checkpoint, State
+from dsvlib._schedule import learning_rate_factor
+from dsvlib._second_derivatives import check_not_severed, explain_failure
+from dsvlib._validation import (
     as_labels,
     check_bounds,
     check_choice,
@@ -48,6 +34,14 @@ from dsvlib.validation import (
     check_inputs,
     check_number,
 )
+from dsvlib.augmentation import AugmentationConfig, apply, draw
+from dsvlib.conditions import Conditions, Terms, primal_loss, residuals
+from dsvlib.distance import DISTANCES, Distance, best_scale
+from dsvlib.frozen import evaluation_mode
+from dsvlib.logits import entropy, is_feasible
+from dsvlib.priors import image_variation, squared_norm
+from dsvlib.solution import Solution, Status
+from dsvlib.support_set import SupportSet
 
 BLACK = -0.957  # (0 − mean) / std of the bundled digits: the colour of their background
 

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dsvlib.conditions import LossFn, evaluation_mode
+from dsvlib._schedule import learning_rate_factor
+from dsvlib._validation import check_finite, check_number, check_same_length
 from dsvlib.distance import distance
+from dsvlib.frozen import evaluation_mode
+from dsvlib.gradients import SampleGradients
+from dsvlib.logits import LossFn
 from dsvlib.multipliers import GradientConfig
-from dsvlib.sample_gradients import SampleGradients
-from dsvlib.training import learning_rate_factor
-from dsvlib.validation import check_finite, check_number, check_same_length
 
 
 def per_sample_gradients(

@@ -1,7 +1,7 @@
 """Sphinx configuration of the site; `dsv site` writes the pages and calls it."""
 
 import dsvlib
-from dsvlib.pages import plain_docstring
+from companion.site.content import plain_docstring
 
 project = "Deep support vectors"
 author = "The dsvlib authors"

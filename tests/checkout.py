@@ -11,16 +11,16 @@ import nbformat
 import pytest
 import yaml
 
-from dsvlib.graph import request
-from dsvlib.presets import Job
-from dsvlib.run import Run
+from companion.graph import request
+from companion.presets import Job
+from companion.runs import Run
 
 COMMON = 'preset: str = "quick"\nseed: int = 0\ndevice: str = "auto"\ndata_root: str = ""\n'
 PARAMETERS = COMMON + "steps: int = 5  # more is better\nrate: float = 0.1\nnames: list[str] = []"
 BODY = """
 import sys
 from matplotlib.figure import Figure
-from dsvlib.run import Run
+from companion.runs import Run
 run = Run.start("01_line", preset=preset, seed=seed, parameters={"steps": steps, "rate": rate})
 print("steps", steps, file=sys.stdout)
 print("100%|####| 5/5 [00:01<00:00, 5.00it/s]", file=sys.stderr)

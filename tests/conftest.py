@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dsvlib import SupportSet, load_dataset
-from dsvlib.conditions import Conditions, LossFn, evaluation_mode
+from dsvlib.conditions import Conditions
+from dsvlib.frozen import evaluation_mode
+from dsvlib.logits import LossFn
 
 torch.set_num_threads(1)  # the networks are tiny: a second thread only adds noise
 settings.register_profile("dsvlib", deadline=None, derandomize=True, database=None, max_examples=15)

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from checkout import END, make_checkout, write_notebook, write_presets
 
-from dsvlib import cli
-from dsvlib.claims import CLAIMS, Verdict, claim_rows, fill_claims, write_claims
-from dsvlib.run import DsvError, RecordError, RequestError, Run
+from companion import cli
+from companion.ledger.claims import CLAIMS, Verdict, claim_rows, fill_claims, write_claims
+from companion.runs import RecordError, Run
+from dsvlib._errors import DsvError, RequestError
 
 PAPER_IDS = [
     "DSV-F1",
@@ -167,7 +168,7 @@ def test_bad_requests_are_one_sentence(
         ("papers: {X: {verdict: {colum: a}}}\nours: {}", "'colum'; did you mean 'column'"),
     ]:
         broken.write_text(text)
-        monkeypatch.setattr("dsvlib.claims.CLAIMS", broken)
+        monkeypatch.setattr("companion.ledger.claims.CLAIMS", broken)
         with pytest.raises(DsvError, match=message):
             claim_rows()
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import dsvlib
-from dsvlib import cli, notebook_files, reproduce, zoo
-from dsvlib.files import PACKAGE
+from companion import cli, notebooks, recipes, workflow
+from dsvlib._files import PACKAGE
 
 
 def run(*words: str) -> int:
@@ -34,8 +34,8 @@ def stderr_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_names_every_command_without_heavy_imports() -> None:
     code = (
         "import sys; sys.modules['fcntl'] = None\n"  # as on Windows, where all but runs should work
-        "import dsvlib.cli, dsvlib.notebook_files\n"
-        "try: dsvlib.cli.main(['--help'])\n"
+        "import companion.cli, companion.notebooks\n"
+        "try: companion.cli.main(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "print({'torch', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules))"
     )
@@ -90,7 +90,7 @@ def test_failed_notebook_is_status_one(
         given.update(options, preset=preset)
         return False
 
-    monkeypatch.setattr(reproduce, "reproduce", failing)
+    monkeypatch.setattr(workflow, "reproduce", failing)
     assert run("reproduce", "--only", "03", "--only", "05", "--jobs", "2", "--force") == 1
     assert "failed" in stderr_line(capsys)
     assert given["only"] == ["03", "05"]
@@ -103,7 +103,7 @@ def test_interrupt_is_status_130(
     def interrupted(*_: object, **__: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reproduce, "reproduce", interrupted)
+    monkeypatch.setattr(workflow, "reproduce", interrupted)
     assert run("reproduce") == 130
     assert "interrupted" in stderr_line(capsys)
 
@@ -116,10 +116,10 @@ def test_debug_gives_the_traceback_anywhere_in_the_line() -> None:
 def test_notebook_problems_are_listed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(notebook_files, "check_notebooks", lambda: ["01_x: a problem"])
+    monkeypatch.setattr(notebooks, "check_notebooks", lambda: ["01_x: a problem"])
     assert run("notebooks", "check") == 1
     assert capsys.readouterr().out == "01_x: a problem\n"
-    monkeypatch.setattr(notebook_files, "check_notebooks", list)
+    monkeypatch.setattr(notebooks, "check_notebooks", list)
     assert run("notebooks", "check") == 0
 
 
@@ -133,7 +133,7 @@ def test_train_prints_one_line_per_classifier(
         numbers = {"train_accuracy": 1.0, "test_accuracy": 0.98765}
         return numbers | {"stationarity": 0.01234, "cosine": 0.99987}
 
-    monkeypatch.setattr(zoo, "train_shipped", trained)
+    monkeypatch.setattr(recipes, "train_shipped", trained)
     assert run("train", "digits-judge", "--root", str(tmp_path)) == 0
     line = capsys.readouterr().out
     expected = r"train 1.0000 · test 0.9877 · stationarity 0.0123 · cosine 0.9999 · "
@@ -141,15 +141,15 @@ def test_train_prints_one_line_per_classifier(
     assert re.fullmatch(rf"digits-judge +{expected}", line)
     assert run("train", "--all") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(zoo.RECIPES)
-    bundled = [name for name, recipe in zoo.RECIPES.items() if recipe.dataset == "digits"]
+    assert [line.split()[0] for line in lines] == list(recipes.RECIPES)
+    bundled = [name for name, recipe in recipes.RECIPES.items() if recipe.dataset == "digits"]
     assert asked == [("digits-judge", str(tmp_path)), *((name, None) for name in bundled)]
     others = [line for line in lines if line.split()[0] not in bundled]
     assert others
     assert all("left as it is" in line and "--root" in line for line in others)
     asked.clear()
     assert run("train", "--all", "--root", str(tmp_path)) == 0
-    assert asked == [(name, str(tmp_path)) for name in zoo.RECIPES]
+    assert asked == [(name, str(tmp_path)) for name in recipes.RECIPES]
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_synthesis_that_fails_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from dsvlib import figures
+    from companion import figures
 
     def full(*_: object, **__: object) -> None:
         raise OSError("No space left on device")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from dsvlib import SupportSet, deepkkt_loss, residuals, weighted_gradient
-from dsvlib.conditions import cross_entropy
+from dsvlib.logits import cross_entropy
 
 KINDS = ("dense", "conv", "conv-group", "conv-batch")
 DISTANCES = ("cosine", "l1", "l2")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from dsvlib import load_dataset
-from dsvlib.datasets import CIFAR10_CLASSES, STATISTICS, Split
+from dsvlib.data.datasets import CIFAR10_CLASSES, STATISTICS, Split
 
 
 def test_digits_have_their_documented_sizes(digits):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dsvlib import distillation
 from dsvlib.augmentation import DSA
+from dsvlib.classifiers.architectures import build_model
 from dsvlib.conditions import deepkkt_loss
-from dsvlib.datasets import Split
+from dsvlib.data.datasets import Split
 from dsvlib.distillation import (
     DistributionMatchingConfig,
     GradientMatchingConfig,
@@ -23,7 +24,6 @@ from dsvlib.distillation import (
     match_gradients,
     seen_images,
 )
-from dsvlib.models import build_model
 from dsvlib.solution import Solution, Status
 
 CLASSES, SHAPE = 3, (1, 8, 8)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dsvlib import cli, downloads
-from dsvlib.downloads import Archive, data_sets, fetch, folder_digest, state, verify
-from dsvlib.run import DsvError, RequestError
+from companion import cli
+from dsvlib._errors import DsvError, RequestError
+from dsvlib.data import downloads
+from dsvlib.data.downloads import Archive, data_sets, fetch, folder_digest, state, verify
 
 CONTENT = bytes(range(256)) * 2000
 MD5 = hashlib.md5(CONTENT).hexdigest()

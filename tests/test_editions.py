@@ -11,8 +11,8 @@ import nbformat
 import pytest
 from checkout import make_checkout
 
-from dsvlib.cli import main
-from dsvlib.editions import (
+from companion.cli import main
+from companion.editions import (
     exercise_problems,
     launch_links,
     repository_code,
@@ -21,8 +21,8 @@ from dsvlib.editions import (
     student_problems,
     write_student_copies,
 )
-from dsvlib.presets import notebook_names
-from dsvlib.run import DsvError
+from companion.presets import notebook_names
+from dsvlib._errors import DsvError
 
 ROOT = Path(__file__).resolve().parent.parent
 STUB = 'def double(x):\n    """Return 2x."""\n    return None  # your code'
@@ -89,7 +89,7 @@ def tags_of(c: Any) -> set[str]:
 def test_a_copy_publishes_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkout(tmp_path, monkeypatch)
     setup = student_copy(with_exercise(), "02_double").cells[2].source
-    shown = f"{setup}\nfrom dsvlib.run import figures_root\nprint(figures_root())"
+    shown = f"{setup}\nfrom companion.runs import figures_root\nprint(figures_root())"
     run = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(tmp_path / "build" / "student")
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dsvlib import EvaluationConfig, SupportSet, TrainConfig, evaluate
 from dsvlib.augmentation import DSA
-from dsvlib.datasets import Split
+from dsvlib.data.datasets import Split
 
 SHORT = EvaluationConfig(training=TrainConfig(epochs=10, batch_size=64, learning_rate=0.05))
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dsvlib import figures
+from companion import figures
 
 ALT = "Three of four digits are <recognised> & one is not; λ falls"
 FRAME = pd.DataFrame(

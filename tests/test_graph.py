@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 from checkout import BODY, END, PARAMETERS, make_checkout, publish, write_notebook, write_presets
 
-from dsvlib import graph
-from dsvlib.files import PACKAGE
-from dsvlib.graph import mark, stamp, up_to_date
-from dsvlib.presets import plan
-from dsvlib.reproduce import reproduce
-from dsvlib.results import read_run, values_of
-from dsvlib.run import DsvError, read_record
+from companion import graph
+from companion.graph import mark, stamp, up_to_date
+from companion.ledger.results import read_run, values_of
+from companion.presets import plan
+from companion.runs import read_record
+from companion.workflow import reproduce
+from dsvlib._errors import DsvError
+from dsvlib._files import PACKAGE
 
 TABLE = """
 import pandas as pd
@@ -194,7 +195,7 @@ def test_killed_five_times_at_random_it_ends_in_the_same_tables(checkout: Path) 
     expected = [(f / name).read_bytes() for f in folders for name in names]
     shutil.rmtree(checkout / "figures")
     shutil.rmtree(checkout / "build")
-    command = [sys.executable, "-m", "dsvlib.cli", "reproduce", "--jobs", "2"]
+    command = [sys.executable, "-m", "companion.cli", "reproduce", "--jobs", "2"]
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     draw = random.Random(0)
     for _ in range(5):

@@ -12,11 +12,11 @@ from scipy.optimize import lsq_linear, nnls
 from torch import nn
 
 from dsvlib import GradientConfig, NNLSConfig, Status, SupportSet, fit_multipliers, residuals
-from dsvlib.analysis import entropy
-from dsvlib.conditions import cross_entropy, evaluation_mode
 from dsvlib.distance import DISTANCES
+from dsvlib.frozen import evaluation_mode
+from dsvlib.gradients import SampleGradients
+from dsvlib.logits import cross_entropy, entropy
 from dsvlib.multipliers import _distance
-from dsvlib.sample_gradients import SampleGradients
 
 
 def fit(model, samples, **options):
@@ -69,7 +69,7 @@ def test_certificate_holds_and_says_what_it_measures():
 
 
 def test_certificate_sees_a_wrong_answer(monkeypatch):
-    monkeypatch.setattr("dsvlib.nonnegative._exchange", lambda *args: np.ones(6))
+    monkeypatch.setattr("dsvlib._box_quadratic._exchange", lambda *args: np.ones(6))
     solution = fit(build("dense"), candidates(6))
     assert solution.status is Status.NOT_OPTIMAL
     assert not solution.status.successful

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from checkout import COMMON, END, make_checkout, write_notebook, write_presets
 
-from dsvlib.presets import coerce, plan, read_parameters
-from dsvlib.run import DsvError, RequestError
+from companion.presets import coerce, plan, read_parameters
+from dsvlib._errors import DsvError, RequestError
 
 
 @pytest.fixture(autouse=True)

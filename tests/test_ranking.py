@@ -9,8 +9,10 @@ import torch
 from conftest import build, candidates, delicate, sample_gradients
 from torch.nn import functional as F
 
-from dsvlib import AugmentationConfig, SupportSet, best, classifier, rank, residuals, weights_only
-from dsvlib.ranking import VIEWS
+from companion import classifier
+from dsvlib import AugmentationConfig, SupportSet, residuals
+from dsvlib.classifiers.architectures import weights_only
+from dsvlib.ranking import VIEWS, best, rank
 from dsvlib.synthesis import BLACK
 
 ON_BLACK = dataclasses.replace(VIEWS, fill=BLACK)

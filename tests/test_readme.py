@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsvlib import accuracy
-from dsvlib.files import repository_root
+from dsvlib._files import repository_root
 
 ROOT = repository_root()
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

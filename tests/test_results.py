@@ -10,9 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dsvlib.claims import claim_rows
-from dsvlib.files import repository_root
-from dsvlib.results import (
+from companion.ledger.claims import claim_rows
+from companion.ledger.results import (
     COLUMNS,
     measured,
     read_run,
@@ -21,7 +20,8 @@ from dsvlib.results import (
     values_of,
     write_results,
 )
-from dsvlib.run import RecordError, Run
+from companion.runs import RecordError, Run
+from dsvlib._files import repository_root
 
 COMMITTED = sorted((repository_root() / "data" / "results").glob("*.csv"))
 

@@ -13,16 +13,16 @@ from dsvlib import (
     TrainConfig,
     class_means,
     forgetting,
-    forgetting_events,
     herding,
     k_center,
     random_subset,
     select,
     train,
 )
-from dsvlib.conditions import evaluation_mode
-from dsvlib.datasets import Dataset
-from dsvlib.models import embed
+from dsvlib.classifiers.architectures import embed
+from dsvlib.data.datasets import Dataset
+from dsvlib.frozen import evaluation_mode
+from dsvlib.selection import forgetting_events
 
 COUNT = 24
 

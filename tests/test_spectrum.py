@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dsvlib.spectrum import band_pass, radial_spectrum
+from dsvlib.analysis.spectrum import band_pass, radial_spectrum
 
 
 def wave(cycles: int, side: int = 16) -> torch.Tensor:

@@ -27,8 +27,8 @@ from dsvlib import (
     synthesize,
     total_variation,
 )
+from dsvlib._files import repository_root
 from dsvlib.augmentation import draw
-from dsvlib.files import repository_root
 from dsvlib.synthesis import Step
 
 LABELS = [0, 1, 2, 0]

@@ -6,15 +6,10 @@ import pytest
 import torch
 from conftest import build, candidates
 
-from dsvlib import (
-    GradientConfig,
-    fit_multipliers,
-    multiplier_trail,
-    per_sample_gradients,
-    weighted_gradient,
-)
+from dsvlib import GradientConfig, fit_multipliers, weighted_gradient
 from dsvlib.conditions import flatten
 from dsvlib.distance import DISTANCES
+from dsvlib.trail import multiplier_trail, per_sample_gradients
 
 
 @pytest.mark.parametrize("kind", ["dense", "conv", "conv-batch"])

@@ -12,10 +12,10 @@ from conftest import candidates, delicate
 from torch import Tensor, nn
 
 from dsvlib import SupportSet, TrainConfig, accuracy, residuals, train
+from dsvlib._schedule import learning_rate_factor
 from dsvlib.augmentation import AugmentationConfig
-from dsvlib.datasets import Split
-from dsvlib.training import learning_rate_factor, logits_of
-from dsvlib.zoo import premise
+from dsvlib.classifiers.training import logits_of
+from dsvlib.data.datasets import Split
 
 
 def problem(count: int = 60) -> Split:
@@ -80,7 +80,7 @@ def test_averaging_takes_out_the_noise_of_the_batches():
     for epochs in (0, 200):
         model = linear()
         train(model, split, config=replace(base, average_epochs=epochs))
-        cosines.append(residuals(model, premise(model, split, decay)).cosine)
+        cosines.append(residuals(model, equal_multipliers(model, split, decay)).cosine)
     assert 1 - cosines[1] < (1 - cosines[0]) / 2
 
 
@@ -368,7 +368,7 @@ def test_counts_are_whole_numbers(name, value):
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_bfloat16_is_used_only_where_the_processor_computes_in_it(supported, monkeypatch):
-    monkeypatch.setattr("dsvlib.training.computes_bfloat16", lambda _: supported)
+    monkeypatch.setattr("dsvlib.classifiers.training.computes_bfloat16", lambda _: supported)
     half, full = linear(), linear()
     train(half, problem(), config=TrainConfig(epochs=5, batch_size=16, precision="bfloat16"))
     train(full, problem(), config=QUICK)

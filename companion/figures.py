@@ -1,0 +1,500 @@
+"""Figures from arrays and frames; nothing here knows a model, a data set or torch.
+
+Each function takes finished numbers and returns a matplotlib Figure; `write_figure` turns it into
+PNG and SVG whose bytes depend on the numbers alone (no dates, no user settings, a fixed salt).
+Images are [n, C, H, W] in [0, 1], grey (C = 1) or RGB (C = 3).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+from xml.sax.saxutils import escape, quoteattr
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
+
+from dsvlib._files import atomic_path
+
+# Distinct under the common colour-vision deficiencies; each has a contrast of at least 3 on white.
+COLORS = ("#0072b2", "#d55e00", "#00876c", "#a2559c", "#a87700", "#5b5b5b", "#2b2d84", "#c7447c")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
+HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")
+INK, FAINT, WRONG = "#262626", "#c8c8c8", COLORS[1]
+DPI = 160
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@cache
+def _style() -> Any:  # a dict; matplotlib's stubs want the literal name of each setting
+    import seaborn as sns
+
+    return {
+        **sns.axes_style("whitegrid"),
+        **sns.plotting_context("notebook"),
+        "axes.prop_cycle": mpl.cycler(color=COLORS),  # type: ignore[attr-defined]
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#7f7f7f",
+        "grid.color": "#e6e6e6",
+        "font.family": ["sans-serif"],
+        "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so it exists everywhere
+        "legend.frameon": False,
+        "legend.fontsize": 10,
+        "image.composite_image": False,  # in SVG each picture keeps its own crisp pixels
+        "svg.fonttype": "path",
+        "svg.hashsalt": "dsvlib",
+        "savefig.facecolor": "white",
+    }
+
+
+def use_style() -> None:
+    """Give one's own matplotlib figures the look of ours."""
+    mpl.rcParams.update(_style())
+
+
+def _styled(function: Callable[P, T]) -> Callable[P, T]:
+    """Draw in our style whatever the caller's settings: same numbers, same bytes."""
+
+    @wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> T:
+        with mpl.rc_context(_style()):
+            return function(*args, **kwargs)
+
+    return inside
+
+
+@_styled
+def write_figure(
+    fig: Figure,
+    stem: Path | str,
+    *,
+    alt: str,
+    badge: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write ``<stem>.png`` and ``<stem>.svg``, each whole or not at all; return their paths.
+
+    `alt` goes into both files, `badge` (the scale of the run) below the lower right corner, where
+    the picture grows to make room, so that it cannot cover a label.
+    """
+    stem = Path(stem)
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
+    fig.set_dpi(DPI)
+    label = _draw_badge(fig, badge)
+    png, svg = io.BytesIO(), io.BytesIO()
+    try:
+        box = fig.get_tightbbox().padded(0.08)
+        about = dict(metadata or {})
+        text = about | {"Description": alt, "Software": None}
+        fig.savefig(png, format="png", dpi=DPI, bbox_inches=box, metadata=text)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        fig.savefig(svg, format="svg", bbox_inches=box, metadata=about | nothing)
+    finally:
+        label.remove()
+    head, rest = svg.getvalue().decode().split("<svg ", 1)
+    opening, body = rest.split(">", 1)
+    described = f'{head}<svg role="img" aria-label={quoteattr(alt)} {opening}>'
+    described += f"\n <title>{escape(stem.name)}</title>\n <desc>{escape(alt)}</desc>{body}"
+    for path, content in zip(paths, (png.getvalue(), described.encode()), strict=True):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return paths
+
+
+def _draw_badge(fig: Figure, badge: str) -> Any:
+    """Draw the badge under everything else and return it, for removal."""
+    fig.draw_without_rendering()  # lays the axes out, so that the extent below is the final one
+    fig.set_layout_engine("none")  # each further layout would drift by a fraction of a pixel
+    box = fig.get_tightbbox()
+    warning = "not a result" in badge
+    return fig.text(
+        box.x1 / fig.get_figwidth(),
+        (box.y0 - 0.12) / fig.get_figheight(),
+        badge,
+        ha="right",
+        va="top",
+        fontsize=8,
+        color="#6b3f00" if warning else "#4d4d4d",
+        bbox={
+            "boxstyle": "round,pad=0.35",
+            "facecolor": "#ffe3b0" if warning else "#efefef",
+            "edgecolor": "none",
+        }
+        if badge
+        else None,
+    )
+
+
+@_styled
+def image_grid(
+    images: np.ndarray,
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
+    correct: Sequence[bool] | None = None,
+    title: str | None = None,
+    tile: float = 0.8,
+) -> Figure:
+    """Draw images [n, C, H, W] row by row, `columns` in a row (default: up to 10).
+
+    `captions` stand below the images, broken into lines that stay within their own; where
+    `correct` is False, caption and frame turn red-orange and the caption gets a cross. `tile` is
+    the width of one image in inches.
+    Raises ValueError for a wrong shape, pixels outside [0, 1] or labels of another number.
+    """
+    pixels = _check_images(images)
+    n, height, width = pixels.shape[:3]
+    columns = columns or (len(column_labels) if column_labels else min(n, 10))
+    rows = -(-n // columns)
+    for name, given, wanted in (
+        ("row_labels", row_labels, rows),
+        ("column_labels", column_labels, columns),
+        ("captions", captions, n),
+        ("correct", correct, n),
+    ):
+        if given is not None and len(given) != wanted:
+            raise ValueError(f"{name}: expected {wanted} for this grid, got {len(given)}")
+    tall = height / width
+    good = [correct is None or bool(correct[i]) for i in range(n)]
+    texts = [text if ok else f"✗ {text}" for text, ok in zip(captions or (), good, strict=False)]
+    texts, text_size = _fit(texts, tile, 8)
+    heads, head_size = _fit(column_labels or (), tile, 10)
+    lines = [len(text.splitlines()) for text in texts] or [0] * n
+    gaps = [max(lines[row * columns : (row + 1) * columns]) for row in range(rows)]
+    across, steps = 1.08, [tall + 0.08 + (0.03 + 0.14 * gap / tile) * (gap > 0) for gap in gaps]
+    tops = [sum(steps[:row]) for row in range(rows)]
+    fig = Figure(figsize=(tile * across * columns, tile * sum(steps)), dpi=DPI)
+    axes = fig.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, across * columns), ylim=(sum(steps), 0))
+    axes.axis("off")
+    for i, picture in enumerate(pixels):
+        x, y = i % columns * across + 0.04, tops[i // columns] + 0.04
+        _draw_image(axes, picture, (x, x + 1, y + tall, y), good[i])
+        if texts:
+            color = INK if good[i] else WRONG
+            _say(axes, x + 0.5, y + tall + 0.05, texts[i], va="top", size=text_size, color=color)
+    for row, text in enumerate(row_labels or ()):
+        _say(axes, -0.06, tops[row] + 0.04 + tall / 2, text, ha="right", size=10)
+    for column, text in enumerate(heads):
+        _say(axes, column * across + 0.54, -0.05, text, va="bottom", size=head_size)
+    if title:
+        lift = 0.1 + max((0.06 + 0.17 * (1 + text.count("\n")) for text in heads), default=0)
+        _say(axes, 0.04, -lift / tile, title, ha="left", va="bottom", size=13, weight="bold")
+    return fig
+
+
+def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], float]:
+    """Return the texts broken at spaces to `width` inches, and a size at which all fit.
+
+    Only a single word that is too long makes all of them smaller, down to what can be read.
+    """
+
+    @cache
+    def inches(text: str) -> float:
+        return float(TextPath((0, 0), text, size=size).get_extents().width) / 72
+
+    def broken(line: str) -> Iterator[str]:
+        start = ""
+        for word in re.findall(r"(?:\$[^$]*\$|\S)+", line):  # a formula is one word
+            if start and inches(f"{start} {word}") > width:
+                yield start
+                start = word
+            else:
+                start = f"{start} {word}".strip()
+        yield start
+
+    fitted = [[part for line in text.split("\n") for part in broken(line)] for text in texts]
+    widest = max((inches(line) for lines in fitted for line in lines if line), default=width)
+    smaller = min(1.0, max(width / widest, 0.7))
+    return ["\n".join(lines) for lines in fitted], size * smaller
+
+
+def _draw_image(
+    axes: Axes, picture: np.ndarray, extent: tuple[float, float, float, float], right: bool
+) -> None:
+    grey = picture.shape[2] == 1
+    axes.imshow(
+        picture[:, :, 0] if grey else picture,
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        extent=extent,
+        interpolation="none",  # crisp pixels, in SVG as well
+        aspect="auto",
+        clip_on=False,
+    )
+    left, edge, bottom, top = extent
+    outline = ([left, edge, edge, left, left], [top, top, bottom, bottom, top])
+    axes.plot(*outline, color=FAINT if right else WRONG, lw=0.6 if right else 1.8, clip_on=False)
+
+
+def _say(axes: Axes, x: float, y: float, text: str, **options: Any) -> None:
+    defaults: dict[str, Any] = {"ha": "center", "va": "center", "size": 8, "color": INK}
+    axes.text(x, y, text, **(defaults | options))
+
+
+def _check_images(images: np.ndarray) -> np.ndarray:
+    """Return the images as [n, H, W, C]."""
+    array = np.asarray(images, dtype=float)
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
+        raise ValueError(f"images: expected shape [n, 1 or 3, H, W], got {list(array.shape)}")
+    low, high = array.min(), array.max()
+    if not (low >= -1e-6 and high <= 1 + 1e-6):  # also false for NaN
+        raise ValueError(
+            f"images: expected pixels in [0, 1], got [{low:.3g}, {high:.3g}]; denormalise them"
+        )
+    return array.clip(0, 1).transpose(0, 2, 3, 1)
+
+
+@_styled
+def curve(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str | None = None,
+    *,
+    error: str | None = None,
+    reference: Mapping[str, float] | None = None,
+    title: str | None = None,
+    x_label: str | None = None,
+    y_label: str | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    size: tuple[float, float] = (7, 4.2),
+) -> Figure:
+    """Draw `y` over `x`, one line per `hue`, with a band of one standard deviation.
+
+    The band is the column `error`, or comes from rows that share `x` and `hue` (seeds).
+    `reference` draws named horizontal lines, such as chance or the paper's number.
+    """
+    _check_columns(frame, x, y, hue, error)
+    fig, axes = _axes(size)
+    for i, (name, part) in enumerate(_groups(frame, hue)):
+        points = _summary(part, x, y, error)
+        color, spread = COLORS[i % len(COLORS)], points["spread"].to_numpy(float)
+        at, mean = points[x].to_numpy(), points["mean"].to_numpy(float)
+        axes.plot(
+            at,
+            mean,
+            color=color,
+            linestyle=LINES[i % len(LINES)],
+            marker=MARKERS[i % len(MARKERS)],
+            markevery=max(1, len(at) // 12),  # a marker on every one of 600 steps is a smear
+            label=name,
+        )
+        if np.any(spread > 0):
+            axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
+    axes.set_xscale("log" if log_x else "linear")
+    axes.set_yscale("log" if log_y else "linear")
+    _finish(axes, reference, title, x_label or x, y_label or y, legend=hue)
+    return fig
+
+
+@_styled
+def bar_with_error(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str | None = None,
+    *,
+    error: str | None = None,
+    reference: Mapping[str, float] | None = None,
+    number: str = "{:.3g}",
+    limits: tuple[float, float] | None = None,
+    title: str | None = None,
+    x_label: str | None = None,
+    y_label: str | None = None,
+    size: tuple[float, float] = (7, 4.2),
+) -> Figure:
+    """Draw one bar of `y` per `x` and `hue` with its standard deviation and its number.
+
+    Deviation and references as in `curve`; the categories keep the order of the frame. `limits`
+    are those of the y axis.
+    """
+    _check_columns(frame, x, y, hue, error)
+    fig, axes = _axes(size)
+    order, groups = list(dict.fromkeys(frame[x])), _groups(frame, hue)
+    width = 0.8 / len(groups)
+    for i, (name, part) in enumerate(groups):
+        points = _summary(part, x, y, error).set_index(x).reindex(order)
+        at = np.arange(len(order)) + (i - (len(groups) - 1) / 2) * width
+        mean, spread = points["mean"].to_numpy(float), points["spread"].to_numpy(float)
+        hatch = HATCHES[i % len(HATCHES)] if len(groups) > 1 else ""
+        axes.bar(at, mean, width * 0.92, color=COLORS[i % len(COLORS)], label=name, hatch=hatch,
+                 edgecolor="white", linewidth=0)  # fmt: skip
+        whiskers = spread > 0
+        axes.errorbar(at[whiskers], mean[whiskers], spread[whiskers], fmt="none", ecolor=INK,
+                      elinewidth=1.3, capsize=4)  # fmt: skip
+        tops = mean + np.where(whiskers, spread, 0)
+        for place, top, value in zip(at, tops, mean, strict=True):
+            if np.isfinite(value):
+                axes.annotate(number.format(value), (place, max(top, 0)), (0, 3),
+                              textcoords="offset points", ha="center", size=9)  # fmt: skip
+    axes.set_xticks(range(len(order)), [str(category) for category in order])
+    axes.grid(visible=False, axis="x")
+    axes.margins(y=0.12)
+    if limits:
+        axes.set_ylim(*limits)
+    _finish(axes, reference, title, x_label or "", y_label or y, legend=hue)
+    return fig
+
+
+@_styled
+def heatmap(
+    matrix: np.ndarray,
+    *,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    x_label: str = "",
+    y_label: str = "",
+    value_label: str = "",
+    number: str | None = "{:.2g}",
+    title: str | None = None,
+) -> Figure:
+    """Draw a matrix [rows, columns] in cividis, with its numbers unless `number` is None."""
+    values = np.asarray(matrix, dtype=float)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"matrix: expected shape [rows, columns], got {list(values.shape)}")
+    rows, columns = values.shape
+    fig, axes = _axes((1.8 + 0.55 * columns, 1.2 + 0.5 * rows))
+    image = axes.imshow(values, cmap="cividis", interpolation="none", aspect="auto")
+    fig.colorbar(image, ax=axes, label=value_label)
+    axes.set_xticks(range(columns), column_labels or [str(j) for j in range(columns)])
+    axes.set_yticks(range(rows), row_labels or [str(i) for i in range(rows)])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for (i, j), value in np.ndenumerate(values):
+        text = number.format(value) if number else ""
+        color = "white" if value < middle else "black"
+        axes.text(j, i, text, ha="center", va="center", color=color, size=9)
+    _finish(axes, None, title, x_label, y_label, legend=None)
+    return fig
+
+
+def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    # A Figure apart from pyplot: no global state, nothing to close, no second display.
+    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
+    return fig, fig.add_subplot()
+
+
+def _check_columns(frame: pd.DataFrame, *names: str | None) -> None:
+    missing = [name for name in names if name is not None and name not in frame.columns]
+    if missing or frame.empty:
+        raise ValueError(
+            f"frame: expected rows and the columns {missing}, got columns {list(frame.columns)}"
+        )
+
+
+def _groups(frame: pd.DataFrame, hue: str | None) -> list[tuple[str, pd.DataFrame]]:
+    if hue is None:
+        return [("", frame)]
+    return [(str(name), part) for name, part in frame.groupby(hue, sort=False, observed=True)]
+
+
+def _summary(part: pd.DataFrame, x: str, y: str, error: str | None) -> pd.DataFrame:
+    """Return x, mean and spread: the given error, or the deviation over rows that share x."""
+    grouped = part.groupby(x, sort=False, observed=True)
+    spread = grouped[error].first() if error else grouped[y].std(ddof=1)
+    return pd.DataFrame({"mean": grouped[y].mean(), "spread": spread.fillna(0.0)}).reset_index()
+
+
+def _finish(
+    axes: Axes,
+    reference: Mapping[str, float] | None,
+    title: str | None,
+    x_label: str,
+    y_label: str,
+    *,
+    legend: str | None,
+) -> None:
+    for name, level in (reference or {}).items():
+        axes.axhline(level, color="#5b5b5b", lw=1.2, ls=(0, (4, 2)), zorder=1.5)
+        axes.annotate(name, (1, level), (4, 0), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", va="center", size=9, color="#4d4d4d")  # fmt: skip
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set_axisbelow(True)
+    rows = 0
+    if legend:  # between title and axes, where it can hide no data
+        names = axes.get_legend_handles_labels()[1]
+        rows = -(-len(names) // 4)
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=min(4, len(names)),
+            borderaxespad=0.2,
+            handlelength=2.8,
+            columnspacing=1.6,
+        )
+    if title:
+        axes.set_title(title, loc="left", weight="bold", size=13, pad=8 + 20 * rows)
+
+
+def draw_regions(axes: Axes, scores: np.ndarray, box: float) -> None:
+    """Shade the square |x| ≤ `box` by the class with the largest score, boundaries as lines.
+
+    `scores` [side, side, K] holds the scores at the points of an even grid, first index x₁; with
+    K = 1 it is a binary score, positive for class 1.
+    """
+    values = np.asarray(scores, dtype=float)
+    if values.ndim != 3 or not values.size:
+        raise ValueError(f"scores: expected shape [side, side, K], got {list(values.shape)}")
+    if values.shape[2] == 1:
+        values = np.concatenate([-values, values], axis=2)
+    ticks = np.linspace(-box, box, len(values))
+    for k in range(values.shape[2]):
+        lead = values[:, :, k] - np.delete(values, k, axis=2).max(axis=2)
+        if lead.max() > 0:
+            axes.contourf(ticks, ticks, lead.T, levels=[0, lead.max() * 1.001],
+                          colors=[COLORS[k]], alpha=0.1)  # fmt: skip
+        if lead.min() < 0 < lead.max():
+            axes.contour(ticks, ticks, lead.T, levels=[0], colors=[INK], linewidths=1.4)
+    axes.set(xlim=(-box, box), ylim=(-box, box), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    axes.grid(visible=False)
+
+
+def draw_points(
+    axes: Axes,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    largest: float | None = None,
+    area: float = 420,
+) -> None:
+    """Draw points [n, 2] in their class's colour and marker, larger ones with area ∝ `weights` [n].
+
+    A weight of `largest` (default: the largest there is) has `area` points squared; one above zero
+    can always be seen.
+    """
+    inputs, labels = np.asarray(inputs), np.asarray(labels)
+    sizes = np.zeros(len(inputs))
+    if weights is not None:
+        weights = np.asarray(weights, dtype=float)
+        if weights.shape != sizes.shape:
+            raise ValueError(
+                f"weights: expected one per point, [{len(inputs)}], got {list(weights.shape)}"
+            )
+        top = float(largest or weights.max() or 1)
+        sizes = np.where(weights > 1e-6 * top, np.maximum(area * weights / top, 4), 0)
+    for k in np.unique(labels):
+        style: dict[str, Any] = {"color": COLORS[k], "marker": MARKERS[k]}
+        x1, x2 = inputs[labels == k].T
+        axes.scatter(x1, x2, s=13, alpha=0.45, lw=0, **style)
+        at = (labels == k) & (sizes > 0)
+        x1, x2 = inputs[at].T
+        axes.scatter(x1, x2, s=sizes[at], alpha=0.65, ec=INK, lw=0.7, zorder=3, **style)

@@ -1,0 +1,1 @@
+"""What recorded runs say: results, verdicts on the claims, and pages of figures."""

@@ -1,0 +1,370 @@
+"""The claim ledger: every claim of the papers, what was measured, and whether it holds.
+
+``claims.yml`` says what is claimed, where it is tested and what would count. Numbers come from the
+notebooks' records and verdicts from the tables that they publish (`read_record` checks each file),
+so that no verdict is typed in twice. A claim that has not been run is in the ledger all the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from companion.ledger.results import measured, repetitions, value_cells, values_of, whole_runs
+from companion.presets import notebook_names, read_presets
+from companion.runs import BADGES, Value, figures_root
+from dsvlib._errors import DsvError, RequestError, explain
+from dsvlib._files import atomic_path
+
+CLAIMS = Path(__file__).with_name("claims.yml")
+KEYS = {"where", "claim", "paper", "tolerance", "notebook", "values", "photographs", "verdict"}
+RULE_KEYS = {"caption", "where", "column"}
+TABLES = ("verdicts", "verdict")
+
+
+class Verdict(StrEnum):
+    """What the measured numbers say about a claim."""
+
+    REPRODUCED = "reproduced"
+    PARTLY = "partly"
+    NOT_REPRODUCED = "not reproduced"
+    NOT_ATTEMPTED = "not attempted"
+
+
+# The notebooks' own words. An undecided comparison has not shown the claim; the reason says so.
+WORDS = {
+    **dict.fromkeys(("reproduced", "yes", "true", "shown"), Verdict.REPRODUCED),
+    "partly": Verdict.PARTLY,
+    **dict.fromkeys(
+        ("not reproduced", "no", "false", "not shown", "undecided"), Verdict.NOT_REPRODUCED
+    ),
+}
+
+# The word stands beside the colour: not everybody sees it, and what was not run is red as well.
+SIGNS = {
+    Verdict.REPRODUCED: "🟢",
+    Verdict.PARTLY: "🟡",
+    Verdict.NOT_REPRODUCED: "🔴",
+    Verdict.NOT_ATTEMPTED: "🔴",
+}
+COLUMNS = (
+    *("claim", "group", "where", "statement", "notebook", "preset", "scale"),
+    *("quantity", "value", "std", "n", "seeds", "unit", "paper_value"),
+    *("paper", "tolerance", "verdict", "reason"),
+)
+MARKERS = re.compile(
+    r"(?P<open><!-- (?P<kind>claims|headline) (?P<preset>\w+) -->\n)"
+    r".*?(?P<close><!-- /(?P=kind) -->)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """One claim at one scale.
+
+    `group` is ``papers`` or ``ours``; `values` are the headline numbers with their n, seeds and
+    standard deviation, empty where nothing was run; `words` says what each of them is.
+    """
+
+    id: str
+    group: str
+    where: str
+    statement: str
+    notebook: str
+    preset: str
+    scale: str
+    values: tuple[Value, ...]
+    words: tuple[str, ...]
+    paper: str
+    tolerance: str
+    verdict: Verdict
+    reason: str
+
+    @property
+    def measured(self) -> str:
+        """Our values as text, each with its spread and n."""
+        return "; ".join(self.lines) or "–"
+
+    @property
+    def lines(self) -> list[str]:
+        """Our values as text, one each, in the words of claims.yml."""
+        return [
+            f"{words}: {_number(value)}"
+            for value, words in zip(self.values, self.words, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """One entry of claims.yml."""
+
+    id: str
+    group: str
+    where: str = ""
+    claim: str = ""
+    paper: str = "–"
+    tolerance: str = "the notebook's criteria"
+    notebook: str = ""
+    values: Mapping[str, str] = field(default_factory=dict)
+    photographs: Mapping[str, str] = field(default_factory=dict)
+    verdict: Mapping[str, Any] | None = None
+
+    def said(self, name: str) -> str:
+        """Return the words for a recorded value, which are its name where none are given."""
+        return self.photographs.get(name) or self.values.get(name) or name.replace("_", " ")
+
+
+def claim_rows(preset: str = "quick") -> list[ClaimRow]:
+    """Return the ledger of a preset, in the order of the papers, then our own questions.
+
+    Raises RequestError for an unknown preset, RecordError for a record that was changed or does
+    not fit its files, DsvError if claims.yml cannot be read.
+    """
+    presets = read_presets()
+    if preset not in presets:
+        raise RequestError.unknown("preset", preset, presets)
+    claims = _read_claims()
+    records = whole_runs(preset)
+    listed = {claim.id for claim in claims}
+    for notebook, (_, record) in records.items():  # what a notebook records is never left out
+        for claim in dict.fromkeys(value["claim"] for value in record["values"]):
+            if claim not in listed:
+                listed.add(claim)
+                claims.append(_Claim(claim, "ours", where="our own", notebook=notebook))
+    return [_row(claim, preset, presets[preset]["omit"], records) for claim in claims]
+
+
+def claim_ids() -> set[str]:
+    """Return the ids of all claims that a notebook may name."""
+    return {claim.id for claim in _read_claims()}
+
+
+def _read_claims() -> list[_Claim]:
+    try:
+        content = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
+        claims = []
+        for group in ("papers", "ours"):
+            for name, entry in content[group].items():
+                for key in entry:
+                    if key not in KEYS:
+                        raise RequestError.unknown(f"key of claims.yml: {name}", str(key), KEYS)
+                for key in entry.get("verdict", {}):
+                    if key not in RULE_KEYS:
+                        where = f"key of claims.yml: {name}: verdict"
+                        raise RequestError.unknown(where, str(key), RULE_KEYS)
+                entry |= {key: dict(entry.get(key, {})) for key in ("values", "photographs")}
+                claims.append(_Claim(str(name), group, **entry))
+        return claims
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise DsvError(
+            f"claims.yml: expected 'papers' and 'ours' with one entry per claim, got {reason}"
+        ) from error
+
+
+def _row(
+    claim: _Claim,
+    preset: str,
+    omitted: Mapping[str, str],
+    records: Mapping[str, tuple[Path, dict[str, Any]]],
+) -> ClaimRow:
+    values: tuple[Value, ...] = ()
+    scale = BADGES.get(preset, preset)
+    if claim.notebook in records:
+        directory, record = records[claim.notebook]
+        scale = record["scale"]
+        values = _headline(claim, record)
+        if preset == "smoke":
+            verdict = Verdict.NOT_ATTEMPTED
+            reason = "a smoke run shows only that everything runs"
+        else:
+            verdict, reason = _over_seeds(claim, directory, record)
+    else:
+        verdict, reason = Verdict.NOT_ATTEMPTED, _why_not(claim, preset, omitted)
+    return ClaimRow(
+        id=claim.id,
+        group=claim.group,
+        where=claim.where,
+        statement=claim.claim,
+        notebook=claim.notebook,
+        preset=preset,
+        scale=scale,
+        values=values,
+        words=tuple(map(claim.said, (value.name for value in values))),
+        paper=claim.paper,
+        tolerance=claim.tolerance,
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _why_not(claim: _Claim, preset: str, omitted: Mapping[str, str]) -> str:
+    if claim.notebook in omitted:
+        return f"not part of this preset: {omitted[claim.notebook]}"
+    if claim.notebook not in notebook_names():
+        return f"there is no notebook {claim.notebook} yet"
+    return f"no run yet: dsv reproduce --preset {preset} --only {claim.notebook[:2]}"
+
+
+def _headline(claim: _Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
+    """Return the values that the claim names, or else the first three recorded for it.
+
+    Where a run made photographs as well, those named for them come first and alone.
+    """
+    recorded = {value.name: value for value in values_of(record) if value.claim == claim.id}
+    named = [recorded[name] for name in claim.photographs if name in recorded]
+    named = named or [recorded[name] for name in claim.values if name in recorded]
+    return tuple(named or list(recorded.values())[:3])
+
+
+def _over_seeds(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Return the verdict at all seeds of a run: the one that they agree on, else partly.
+
+    The repetitions' files are known to be sound and to be the same, since `read_run` was here.
+    """
+    verdict, reason = _verdict(claim, directory, record)
+    if "repetitions" not in record:
+        return verdict, reason
+    found = {record["seed"]: verdict}
+    for other, folder in zip(record["repetitions"], repetitions(directory), strict=True):
+        found[other["seed"]] = _verdict(claim, folder, record)[0]
+    if len(set(found.values())) == 1:
+        others = " and ".join(f"seed {seed}" for seed in list(found)[1:])
+        return verdict, f"seed {record['seed']}: {reason}; the same verdict at {others}"
+    others = ", ".join(f"seed {seed} {word}" for seed, word in list(found.items())[1:])
+    return _together(list(found.values())), f"seed {record['seed']}: {reason}; {others}"
+
+
+def _verdict(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Return what the notebook's own table of verdicts says, and its numbers as the reason."""
+    rule = claim.verdict or {}
+    table = next((name for name in TABLES if f"{name}.csv" in record["files"]), None)
+    if table is None:
+        return Verdict.NOT_ATTEMPTED, f"{claim.notebook} ran and published no table of verdicts"
+    text = (directory / f"{table}.csv").read_text(encoding="utf-8")
+    lines = list(csv.DictReader(io.StringIO(text)))
+    wanted = rule.get("where", {} if rule.get("caption") else {"claim": claim.id})
+    rows = [r for r in lines if all(r.get(name) == str(v) for name, v in wanted.items())]
+    column = rule.get("column", "verdict")
+    if rule.get("caption"):
+        caption = json.loads((directory / f"{table}.json").read_text(encoding="utf-8"))["caption"]
+        found = re.search(rf"{re.escape(claim.id)}: (.+?)\.?$", caption)
+        verdicts = [_word(found.group(1))] if found else []
+    else:
+        verdicts = [_word(row.get(column) or "") for row in rows]
+    decided = [verdict for verdict in verdicts if verdict is not None]
+    if not decided:
+        return Verdict.NOT_ATTEMPTED, f"{claim.notebook} ran and gave no verdict on it"
+    # a notebook may judge parts, DSV-F5a and DSV-F5b, and the claim as a whole
+    parts = [r for r in lines if re.fullmatch(rf"{re.escape(claim.id)}[a-d]", r.get("claim") or "")]
+    return _together(decided), "; ".join(_say(row, column, wanted) for row in parts or rows)
+
+
+def _word(text: str) -> Verdict | None:
+    word = text.strip().lower()
+    if word in WORDS:
+        return WORDS[word]
+    return next((WORDS[known] for known in WORDS if word.startswith(f"{known} ")), None)
+
+
+def _together(verdicts: Sequence[Verdict]) -> Verdict:
+    return verdicts[0] if len(set(verdicts)) == 1 else Verdict.PARTLY
+
+
+def _say(row: Mapping[str, str], column: str, leave_out: Iterable[str]) -> str:
+    """Return a row of a table of verdicts as a phrase, without what the ledger says elsewhere."""
+    hidden = {*leave_out, column, "claim", "paper"}
+    cells = [_short(name, cell) for name, cell in row.items() if name not in hidden and cell]
+    word = row.get(column) or ""
+    return f"{', '.join(cells)} ({word})" if word and cells else ", ".join(cells) or word
+
+
+def _short(name: str, cell: str) -> str:
+    try:
+        number = f"{float(cell):.3g}"
+    except ValueError:
+        return cell.replace("; ", ", ")
+    return number if name in ("ours", "measured") else f"{name} {number}"
+
+
+def write_claims(preset: str = "quick") -> list[Path]:
+    """Write the ledger of a preset as ``figures/claims/<preset>.csv`` and ``.md``.
+
+    The CSV has one line per claim and headline value, so that a number stays a number.
+    """
+    rows = claim_rows(preset)
+    stem = figures_root() / "claims" / preset
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        about = [row.id, row.group, row.where, row.statement, row.notebook, row.preset, row.scale]
+        end = [row.paper, row.tolerance, row.verdict.value, row.reason]
+        for value in row.values or (None,):
+            cells = [""] * 7 if value is None else value_cells(value)
+            writer.writerow([*about, *cells, *end])
+    text = f"# Claims at preset {preset}\n\nMade by `dsv claims --scale {preset}`.\n\n"
+    written = []
+    with explain("write to", stem.parent):
+        for suffix, content in (
+            (".csv", table.getvalue()),
+            (".md", text + markdown(rows, "../../notebooks") + "\n"),
+        ):
+            path = stem.with_name(preset + suffix)
+            with atomic_path(path) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def markdown(rows: Iterable[ClaimRow], notebooks: str = "notebooks") -> str:
+    """Return the ledger as a Markdown table; `notebooks` is the way to their folder."""
+    lines = [
+        "| claim | in our words | measured | paper | counts as reproduced | verdict | notebook |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        exists = row.notebook in notebook_names()
+        link = f"[{row.notebook[:2]}]({notebooks}/{row.notebook}.ipynb)"
+        cells = [f"**{row.id}** {row.where}", row.statement, row.measured, row.paper]
+        cells += [row.tolerance, f"{SIGNS[row.verdict]} **{row.verdict}**: {row.reason}"]
+        cells.append(f"{link} · {row.scale}" if exists else "–")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def headline(rows: Iterable[ClaimRow], notebooks: str = "notebooks") -> str:
+    """Return the papers' claims as a short Markdown table: ours, theirs, and the verdict."""
+    lines = ["| claim | ours | paper | verdict |", "|---|---|---|---|"]
+    for row in rows:
+        link = f"[{row.notebook[:2]}]({notebooks}/{row.notebook}.ipynb)"
+        claim = f"**{row.id}** {row.statement}"
+        ours = "<br>".join(row.lines) or "–"
+        cells = [claim, ours, row.paper, f"{SIGNS[row.verdict]} {row.verdict}, {link}"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def fill_claims(text: str) -> str:
+    """Return `text` with the table between each pair of claims or headline markers made anew."""
+    tables = {"claims": markdown, "headline": headline}
+
+    def made(marker: re.Match[str]) -> str:
+        table = tables[marker["kind"]](claim_rows(marker["preset"]))
+        return f"{marker['open']}{table}\n{marker['close']}"
+
+    return MARKERS.sub(made, text)
+
+
+def _number(value: Value) -> str:
+    return f"{measured(value.value, value.std, value.unit)} (n = {value.n})"

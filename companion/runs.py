@@ -1,0 +1,506 @@
+"""What a notebook says about itself: its figures, tables and values, published whole or not at all.
+
+Everything is written to a staging folder first. `complete()`, in the last cell, moves it into
+``figures/<preset>/<notebook>/``: there ``record.json`` is taken away first and comes back last, so
+that a run killed in between is never taken for a whole one (`read_record` checks every digest).
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat
+
+from dsvlib import _files
+from dsvlib._errors import DsvError, explain
+from dsvlib._files import atomic_path, file_digest
+from dsvlib.allocation import keep_memory
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from dsvlib.support_set import SupportSet
+
+SCHEMA = 1
+RECORD = "record.json"
+BADGES = {
+    "smoke": "smoke run · not a result",
+    "quick": "digits · quick",
+    "cifar10": "CIFAR-10 (JPEG copy) · reduced",
+    "imagenette": "Imagenette 64×64 · reduced",
+    "paper": "paper scale",
+}
+# Beside dsvlib itself: what lies between a notebook's code and its numbers and pictures.
+BESIDE_THE_METHOD = ("figures.py", "recipes.py", "runs.py")
+
+
+class RecordError(DsvError):
+    """A folder of figures that is not, or no longer, what one complete run published."""
+
+
+def repository_root() -> Path:
+    """Return the checkout; `DSV_ROOT` names it where dsvlib is installed apart from it."""
+    return Path(os.environ.get("DSV_ROOT") or _files.repository_root())
+
+
+def figures_root() -> Path:
+    """Return the folder of all published figures, which `DSV_FIGURES` may move elsewhere."""
+    return Path(os.environ.get("DSV_FIGURES") or repository_root() / "figures")
+
+
+def digest(value: object) -> str:
+    """Return the sha256 of a value as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, whole or not at all."""
+    with atomic_path(path) as temporary:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def code_cells(notebook: Path) -> list[str]:
+    """Return the sources of a notebook's code cells, without those that papermill injected."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
+        return [
+            "".join(cell["source"])
+            for cell, tagged in zip(code, tags, strict=True)
+            if "injected-parameters" not in tagged
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DsvError(f"{notebook.name}: expected a Jupyter notebook, got {error}") from error
+
+
+def result_sources() -> list[Path]:
+    """Return the sources that can change a result, sorted: the method, and little beside it."""
+    beside = (Path(__file__).parent / name for name in BESIDE_THE_METHOD)
+    return sorted([*_files.PACKAGE.rglob("*.py"), *beside])
+
+
+def library_digest() -> str:
+    """Return the digest of the sources that can change a result."""
+    home = _files.PACKAGE.parent
+    return digest({str(p.relative_to(home)): file_digest(p) for p in result_sources()})
+
+
+def code_digest(notebook: str) -> str:
+    """Return the digest of all that makes a notebook's numbers except its parameters.
+
+    These are its code cells, dsvlib and the lock file; the shipped classifiers that it read are in
+    the record by name (`is_current`).
+    """
+    root = repository_root()
+    source = root / "notebooks" / f"{notebook}.ipynb"
+    lock = root / "requirements.lock"
+    cells = code_cells(source) if source.is_file() else []
+    return digest([cells, library_digest(), file_digest(lock) if lock.is_file() else ""])
+
+
+def is_current(record: Mapping[str, Any]) -> bool:
+    """Return whether a record was made by this code and the shipped classifiers as they are."""
+    if record["code"] != code_digest(record["notebook"]):
+        return False
+    used: dict[str, str] = record.get("checkpoints", {})
+    return used == _checkpoint_digests(used)
+
+
+def _checkpoint_digests(names: Iterable[str]) -> dict[str, str]:
+    paths = {name: _files.checkpoint_path(name) for name in sorted(names)}
+    return {name: file_digest(path) for name, path in paths.items() if path.is_file()}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One named number, from which the claim ledger is built."""
+
+    claim: str
+    name: str
+    value: float
+    std: float | None = None
+    n: int | None = None
+    seeds: tuple[int, ...] = ()
+    unit: str = ""
+    paper: float | None = None
+    higher_is_better: bool | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SavedFigure:
+    """A figure on disk; as the last value of a cell it shows the picture with its alt text."""
+
+    name: str
+    alt: str
+    png: bytes = field(repr=False)
+    width: int = field(repr=False)
+
+    def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, Any], dict[str, Any]]:
+        data = {"image/png": self.png, "text/plain": self.alt}
+        return data, {"image/png": {"alt": self.alt, "width": self.width}}
+
+
+@dataclass
+class Run:
+    """One execution of a notebook; make it with `Run.start`."""
+
+    notebook: str
+    preset: str
+    seed: int
+    parameters: dict[str, Any]
+    badge: str
+    data_digest: str
+    code: str
+    staging: Path
+    started: float
+    context: dict[str, Any]
+    facts: dict[str, Any]
+    values: dict[tuple[str, str], Value] = field(default_factory=dict)
+    finished: bool = False
+
+    @classmethod
+    def start(
+        cls,
+        notebook: str,
+        *,
+        preset: str,
+        seed: int,
+        parameters: Mapping[str, Any] | None = None,
+        data_digest: str = "",
+        scale: str | None = None,
+    ) -> Self:
+        """Begin a run with an empty staging folder.
+
+        `parameters` are the notebook's own; `scale` replaces the preset's badge text where the
+        data differ from what the preset promises. Raises ValueError for a name that cannot be a
+        folder or parameters that are no JSON, DsvError if the figures folder cannot be written.
+        """
+        _check_name("notebook", notebook)
+        _check_name("preset", preset)
+        keep_memory()
+        # Where the data lie differs between machines; what they are is in `data_digest`.
+        kept = {k: v for k, v in (parameters or {}).items() if k != "data_root"}
+        try:
+            kept = json.loads(json.dumps(kept, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"parameters: expected plain numbers and text, got {error}") from error
+        staging = figures_root() / ".staging" / f"{preset}-{notebook}-{os.getpid()}"
+        with explain("write to", figures_root()):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        atexit.register(shutil.rmtree, staging, ignore_errors=True)
+        context = json.loads(os.environ.get("DSV_RUN_CONTEXT", "{}"))
+        return cls(
+            notebook=notebook,
+            preset=preset,
+            seed=seed,
+            parameters=kept,
+            badge=scale or BADGES.get(preset, preset),
+            data_digest=data_digest,
+            code=code_digest(notebook),
+            staging=staging,
+            started=context.get("started", time.time()),
+            context=context,
+            facts=_git_state(),
+        )
+
+    @property
+    def directory(self) -> Path:
+        """Where `complete` publishes: ``figures/<preset>/<notebook>``."""
+        return figures_root() / self.preset / self.notebook
+
+    def save_figure(
+        self,
+        fig: Figure,
+        name: str,
+        *,
+        alt: str,
+        data: pd.DataFrame | Mapping[str, np.ndarray] | None = None,
+        caption: str | None = None,
+    ) -> SavedFigure:
+        """Stage a figure as PNG and SVG, the data behind it and a sidecar that explains it.
+
+        `alt` states the finding for those who cannot see it. `data` is a tidy frame (CSV) or
+        named arrays (NPZ). Returned as a cell's last value, the figure is shown.
+        Raises ValueError without alt text or for an unusable name, DsvError on a full disk.
+        """
+        from companion.figures import DPI, write_figure
+
+        self._check_open(name)
+        if len(alt.split()) < 3:
+            raise ValueError(f"alt: expected a sentence that states the finding, got {alt!r}")
+        with explain("write", self.directory / name):
+            stem = self.staging / name
+            written = write_figure(
+                fig, stem, alt=alt, badge=self.badge, metadata={"Source": self.notebook}
+            )
+            if data is not None:
+                written.append(_write_data(stem, data))
+            self._write_sidecar("figure", name, written, alt=alt, caption=caption)
+        if "matplotlib.pyplot" in sys.modules:  # else an inline backend would draw it once more
+            sys.modules["matplotlib.pyplot"].close(fig)
+        png = written[0].read_bytes()
+        pixels = int.from_bytes(png[16:20])  # of the header: labels may have widened the figure
+        return SavedFigure(name, alt, png, round(pixels * 96 / DPI))
+
+    def save_table(
+        self, frame: pd.DataFrame, name: str, *, caption: str | None = None
+    ) -> pd.DataFrame:
+        """Stage a tidy table as CSV with a sidecar; return it for display."""
+        self._check_open(name)
+        with explain("write", self.directory / name):
+            written = [_write_data(self.staging / name, frame)]
+            self._write_sidecar("table", name, written, caption=caption)
+        return frame
+
+    def save_samples(
+        self, samples: SupportSet, name: str, *, caption: str | None = None
+    ) -> SupportSet:
+        """Stage a set as ``<name>.safetensors`` with a sidecar; return it.
+
+        `SupportSet.load` reads it anywhere. Nothing that shows real images of a data set which
+        must not be passed on belongs here.
+        """
+        self._check_open(name)
+        path = self.staging / f"{name}.safetensors"
+        with explain("write", self.directory / name):
+            samples.save(path)
+            self._write_sidecar("samples", name, [path], caption=caption)
+        return samples
+
+    def record(
+        self,
+        claim: str,
+        name: str,
+        value: SupportsFloat,
+        *,
+        std: SupportsFloat | None = None,
+        n: int | None = None,
+        seeds: Iterable[int] = (),
+        unit: str = "",
+        paper: float | None = None,
+        higher_is_better: bool | None = None,
+        note: str = "",
+    ) -> Value:
+        """Record a named value for a claim; the same claim and name again replaces it.
+
+        `paper` is the published number, `std` over `n` repetitions or `seeds` (default: the
+        run's). Raises ValueError for a number that is not finite.
+        """
+        self._check_open(name)
+        seeds = tuple(int(seed) for seed in seeds) or (self.seed,)
+        entry = Value(
+            claim=claim,
+            name=name,
+            value=_finite("value", value),
+            std=None if std is None else _finite("std", std),
+            n=len(seeds) if n is None else int(n),
+            seeds=seeds,
+            unit=unit,
+            paper=None if paper is None else _finite("paper", paper),
+            higher_is_better=higher_is_better,
+            note=note,
+        )
+        self.values[claim, name] = entry
+        return entry
+
+    def complete(self) -> None:
+        """Publish everything staged; belongs in the last cell.
+
+        Raises DsvError when called twice or when the figures folder cannot be written, before
+        anything published earlier has been touched.
+        """
+        self._check_open("complete")
+        staged = sorted(path for path in self.staging.iterdir() if path.suffix != ".json")
+        sidecars = sorted(self.staging.glob("*.json"))
+        record = self._facts() | {
+            "run_id": os.environ.get("DSV_RUN_ID", ""),
+            "request": self.context.get("request", ""),
+            "checkpoints": _checkpoint_digests(_files.opened_checkpoints),
+            "values": [asdict(value) for value in self.values.values()],
+            "seconds": round(time.time() - self.started, 1),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": {path.name: file_digest(path) for path in staged + sidecars},
+        }
+        with explain("publish to", self.directory):
+            # Written before anything moves: from here on no step needs free space.
+            write_json(self.staging / RECORD, record | {"digest": digest(record)})
+            _publish(self.staging, self.directory, staged + sidecars)
+        self.finished = True
+        figures = sum(path.suffix == ".png" for path in staged)
+        sets = sum(path.suffix == ".safetensors" for path in staged)
+        counts = [f"{figures} figures", f"{len(sidecars) - figures - sets} tables"]
+        counts += [f"{sets} sets of samples"] if sets else []
+        print(
+            f"{self.notebook}: {', '.join(counts)} and {len(self.values)} values published to "
+            f"figures/{self.preset}/{self.notebook}"
+        )
+
+    def _check_open(self, name: str) -> None:
+        if self.finished:
+            raise DsvError(f"{self.notebook} is complete; run its Run.start cell again to go on")
+        _check_name("name", name)
+        if name == Path(RECORD).stem:
+            raise ValueError(f"name: {name!r} is taken by the completion record, choose another")
+
+    def _facts(self) -> dict[str, Any]:
+        default = f"dsv reproduce --preset {self.preset} --only {self.notebook}"
+        return {
+            "schema": SCHEMA,
+            "notebook": self.notebook,
+            "preset": self.preset,
+            "scale": self.badge,
+            "parameters": self.parameters,
+            "seed": self.seed,
+            "command": self.context.get("command", default),
+            "by_hand": not self.context,
+            "data_digest": self.data_digest,
+            "code": self.code,
+            **self.facts,
+            "environment": _environment(str(self.parameters.get("device", "auto"))),
+        }
+
+    def _write_sidecar(
+        self,
+        kind: str,
+        name: str,
+        written: Sequence[Path],
+        *,
+        alt: str | None = None,
+        caption: str | None = None,
+    ) -> None:
+        about = {"kind": kind, "name": name, "caption": caption or "", "alt": alt or ""}
+        hashes = {path.name: file_digest(path) for path in written}
+        write_json(self.staging / f"{name}.json", about | self._facts() | {"files": hashes})
+
+
+def read_record(directory: Path) -> dict[str, Any]:
+    """Return the record of a complete run after checking it and every file it names.
+
+    Raises RecordError if the record is missing, of another schema, changed, or if a file of it
+    is missing or changed.
+    """
+    where = f"{directory.parent.name}/{directory.name}"
+    fix = f"run dsv reproduce --preset {directory.parent.name} --only {directory.name}"
+
+    def broken(reason: str) -> RecordError:
+        return RecordError(f"figures of {where} are not one complete run: {reason}; {fix}")
+
+    try:
+        record = dict(json.loads((directory / RECORD).read_text(encoding="utf-8")))
+        named = dict(record["files"])
+        own = record.pop("digest")
+    except FileNotFoundError:
+        raise broken(f"{RECORD} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise broken(f"{RECORD} cannot be read ({error})") from error
+    if record.get("schema") != SCHEMA:
+        raise broken(f"expected schema {SCHEMA}, got {record.get('schema')!r}")
+    if own != digest(record):
+        raise broken(f"{RECORD} was changed after the run")
+    for name, expected in named.items():
+        path = directory / name
+        if not path.is_file():
+            raise broken(f"{name} is missing")
+        if file_digest(path) != expected:
+            raise broken(f"{name} was changed after the run")
+    return record
+
+
+def _publish(staging: Path, target: Path, staged: Sequence[Path]) -> None:
+    """Move the staged files into place: the old record goes first, the new one comes last."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / RECORD).unlink(missing_ok=True)
+    for path in staged:
+        os.replace(path, target / path.name)
+    current = {path.name for path in staged}
+    for path in target.iterdir():
+        if path.is_file() and path.name not in current:
+            path.unlink()
+    os.replace(staging / RECORD, target / RECORD)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_data(stem: Path, data: pd.DataFrame | Mapping[str, np.ndarray]) -> Path:
+    import pandas as pd
+
+    if isinstance(data, pd.DataFrame):
+        indexed = data.index.name is not None or isinstance(data.index, pd.MultiIndex)
+        with atomic_path(stem.with_name(f"{stem.name}.csv")) as temporary:
+            data.to_csv(temporary, index=indexed, lineterminator="\n")
+        return stem.with_name(f"{stem.name}.csv")
+    import numpy as np
+
+    arrays: dict[str, Any] = dict(data)
+    with atomic_path(stem.with_name(f"{stem.name}.npz")) as temporary, temporary.open("wb") as out:
+        np.savez_compressed(out, **arrays)
+    return stem.with_name(f"{stem.name}.npz")
+
+
+def _check_name(what: str, name: str) -> None:
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_-]*", name):
+        raise ValueError(f"{what}: expected letters, digits, _ and -, got {name!r}")
+
+
+def _finite(what: str, number: SupportsFloat) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{what}: expected a finite number, got {float(number)}")
+    return float(number)
+
+
+def _git_state() -> dict[str, Any]:
+    """Return the commit and whether the code differs from it (figures are results, not code)."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(repository_root()), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", ":(exclude)figures")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "dirty": None}
+
+
+def _environment(device: str) -> dict[str, Any]:
+    """Return device, threads and versions, without importing torch where no one did."""
+    torch = sys.modules.get("torch")
+    if torch is not None and device.startswith(("auto", "cuda")):
+        available = torch.cuda.is_available()
+        device = f"cuda ({torch.cuda.get_device_name()})" if available else "cpu"
+    threads = torch.get_num_threads() if torch is not None else os.environ.get("OMP_NUM_THREADS")
+    return {
+        "device": device,
+        "threads": int(threads or os.cpu_count() or 1),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "torch": _version("torch"),
+        "dsvlib": _version("dsvlib"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", "unknown"))

@@ -1,0 +1,50 @@
+"""The public names, for readers and type checkers; `__init__.py` loads them on first use."""
+
+from .analysis.lambda_accuracy import lambda_accuracy as lambda_accuracy
+from .analysis.spectrum import radial_spectrum as radial_spectrum
+from .augmentation import DSA as DSA
+from .augmentation import AugmentationConfig as AugmentationConfig
+from .augmentation import augment as augment
+from .classifiers.architectures import build_model as build_model
+from .classifiers.files import load_classifier as load_classifier
+from .classifiers.files import save_classifier as save_classifier
+from .classifiers.foreign import Classifier as Classifier
+from .classifiers.foreign import open_classifier as open_classifier
+from .classifiers.training import TrainConfig as TrainConfig
+from .classifiers.training import accuracy as accuracy
+from .classifiers.training import train as train
+from .conditions import Residuals as Residuals
+from .conditions import deepkkt_loss as deepkkt_loss
+from .conditions import residuals as residuals
+from .conditions import weighted_gradient as weighted_gradient
+from .data.datasets import Dataset as Dataset
+from .data.datasets import Split as Split
+from .data.datasets import load_dataset as load_dataset
+from .distillation import DistributionMatchingConfig as DistributionMatchingConfig
+from .distillation import GradientMatchingConfig as GradientMatchingConfig
+from .distillation import match_distributions as match_distributions
+from .distillation import match_gradients as match_gradients
+from .evaluation import Evaluation as Evaluation
+from .evaluation import EvaluationConfig as EvaluationConfig
+from .evaluation import evaluate as evaluate
+from .logits import entropy as entropy
+from .logits import margin as margin
+from .multipliers import GradientConfig as GradientConfig
+from .multipliers import NNLSConfig as NNLSConfig
+from .multipliers import fit_multipliers as fit_multipliers
+from .priors import total_variation as total_variation
+from .selection import HitRecorder as HitRecorder
+from .selection import class_means as class_means
+from .selection import forgetting as forgetting
+from .selection import herding as herding
+from .selection import k_center as k_center
+from .selection import random_subset as random_subset
+from .selection import select as select
+from .solution import Certificate as Certificate
+from .solution import Solution as Solution
+from .solution import Status as Status
+from .support_set import SupportSet as SupportSet
+from .synthesis import SynthesisConfig as SynthesisConfig
+from .synthesis import synthesize as synthesize
+
+__version__: str

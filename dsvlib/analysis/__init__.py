@@ -1,0 +1,1 @@
+"""What support vectors say about a classifier, and how sure that is."""

@@ -1,0 +1,1 @@
+"""Classifiers Φ(x; θ): architectures, training, files, and networks from elsewhere."""

@@ -1,0 +1,78 @@
+"""Trained classifiers as safetensors: weights and what rebuilds the network, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsvlib._files import atomic_path, checkpoints_folder, read_safetensors, shipped_checkpoint
+from dsvlib.classifiers.architectures import ModelSpec, build_model
+
+FORMAT = "dsvlib.classifier.v1"
+
+
+def save_classifier(path: str | os.PathLike[str], model: nn.Module, **metadata: Any) -> None:
+    """Write a classifier that `build_model` made, whole or not at all.
+
+    `metadata` is any JSON: by convention `dataset`, `classes`, `mean`, `std` and how it was
+    trained. Raises TypeError for a model of unknown architecture or metadata that is no JSON.
+    """
+    from safetensors.torch import save_file
+
+    spec = getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise TypeError(
+            f"model: expected a classifier from build_model, got {type(model).__name__}; "
+            f"save another network's weights with safetensors.torch.save_model"
+        )
+    header = {"format": FORMAT, "spec": json.dumps(asdict(spec)), "metadata": json.dumps(metadata)}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata=header)
+
+
+def load_classifier(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a classifier in evaluation mode and its metadata.
+
+    `path` is a file, or the name of a shipped classifier such as ``"digits-convnet"``. The
+    metadata also holds `architecture`, `num_classes` and `shape`.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one.
+    """
+    file = Path(path)
+    if not file.exists() and file.suffix == "" and file.name == str(path):
+        file = shipped_checkpoint(str(path))
+        if not file.is_file():
+            shipped = sorted(p.stem for p in checkpoints_folder().glob("*.safetensors"))
+            raise FileNotFoundError(
+                f"expected a file or one of the shipped classifiers {shipped}, got {str(path)!r}"
+            )
+    tensors, header = read_safetensors(file, FORMAT, "save_classifier")
+    try:
+        spec = json.loads(header["spec"])
+        with torch.random.fork_rng():  # initial weights are drawn only to be replaced
+            model = build_model(
+                spec["name"],
+                num_classes=spec["num_classes"],
+                shape=tuple(spec["shape"]),
+                **spec["options"],
+            )
+        model.load_state_dict(tensors)
+        metadata = dict(json.loads(header["metadata"]))
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected weights that fit the architecture named in the file, got: "
+            f"{' '.join(str(error).split())}; write it again with save_classifier"
+        ) from error
+    metadata |= {
+        "architecture": spec["name"],
+        "num_classes": spec["num_classes"],
+        "shape": tuple(spec["shape"]),
+    }
+    return model.eval(), metadata

@@ -1,0 +1,297 @@
+"""Training of classifiers, from scratch to (nearly) stationary ones, and their accuracy.
+
+With cross-entropy and explicit L2 weight decay w, a stationary point of
+(1/n) Σ Lᵢ + (w/2)‖θ‖² satisfies θ = −(1/(w·n)) Σᵢ ∇Lᵢ: the DeepKKT stationarity condition holds
+exactly with all λᵢ = 1/(w·n). This is why decay is part of the gradient here and never decoupled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from dsvlib._progress import progress_bar
+from dsvlib._schedule import Schedule, learning_rate_factor
+from dsvlib._validation import (
+    as_labels,
+    check_choice,
+    check_count,
+    check_inputs,
+    check_label_range,
+    check_number,
+    check_same_length,
+)
+from dsvlib.augmentation import AugmentationConfig, augment
+from dsvlib.frozen import device_of, evaluation_mode
+from dsvlib.logits import cross_entropy, is_feasible, predict
+
+
+class Labelled(Protocol):
+    """Anything that can be trained on or tested on: a `Split` or a `SupportSet`."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """Normalised inputs [n, C, H, W]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels int64 [n] or float [n, K]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train a classifier.
+
+    epochs, batch_size
+        Passes over the data, and samples per step.
+    optimizer
+        ``"sgd"`` (with `momentum`) or ``"adam"``; `weight_decay` w enters the gradient as w·θ.
+    schedule
+        ``"constant"``, ``"cosine"`` to zero, ``"one-cycle"`` (linear up over the first fifth, then
+        linear to zero), or ``"halfway"`` (×0.1 once, at half of the steps: the field's protocol).
+    augmentation
+        Drawn anew for every sample of every batch; None for none.
+    average_epochs
+        The weights are the mean over the steps of so many last epochs (Polyak and Juditsky 1992),
+        which takes the noise of the batches out of them; 0 for the weights of the last step.
+    polish_steps
+        Full-batch gradient steps after the epochs, which bring a small network close to a
+        stationary point of the regularised loss.
+    precision
+        Of the forward and backward passes of the epochs: ``"bfloat16"`` takes half as long on large
+        networks; weights and updates stay as they are. Processors that would have to emulate it,
+        at ten times the time, stay at ``"float32"``. The polish is always in full precision.
+    log_every
+        Epochs between rows of the history (the last epoch is always logged).
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "cosine"
+    augmentation: AugmentationConfig | None = None
+    average_epochs: int = 0
+    polish_steps: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("float32", "bfloat16"))
+        check_choice("optimizer", self.optimizer, ("sgd", "adam"))
+        check_choice("schedule", self.schedule, ("constant", "cosine", "one-cycle", "halfway"))
+        check_number("learning_rate", self.learning_rate, above=0)
+        for name in ("momentum", "weight_decay"):
+            check_number(name, getattr(self, name), at_least=0)
+        for name in ("epochs", "average_epochs", "polish_steps"):
+            check_count(name, getattr(self, name), at_least=0)
+        if self.average_epochs > self.epochs:
+            raise ValueError(
+                f"average_epochs: expected at most epochs={self.epochs}, got "
+                f"{self.average_epochs}; average over fewer epochs"
+            )
+        for name in ("batch_size", "log_every"):
+            check_count(name, getattr(self, name))
+
+
+def train(
+    model: nn.Module,
+    split: Labelled,
+    *,
+    config: TrainConfig | None = None,
+    generator: torch.Generator | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place and return its history (epoch, loss, accuracy, learning_rate).
+
+    Parameters
+    ----------
+    split
+        A `Split` or a `SupportSet` (soft labels are allowed; multipliers are not read).
+    generator
+        A CPU generator for batches and augmentation; default: a fresh one with seed 0.
+    on_batch
+        Called after each batch with the sample indices and which of them were classified right.
+
+    Raises ValueError for wrong shapes or labels, FloatingPointError when training diverges. Where
+    the model cannot be trained for lack of gradients, ValueError.
+    """
+    config = config or TrainConfig()
+    generator = generator or torch.Generator().manual_seed(0)
+    inputs, labels = _check_split(split)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(
+            "model: expected parameters that require grad, got none; "
+            "call model.requires_grad_(True)"
+        )
+    device = device_of(model)
+    inputs, labels = inputs.detach().to(device), labels.detach().to(device)
+    check_label_range(labels, logits_of(model, inputs[:1]).shape[1])
+    optimizer: torch.optim.Optimizer
+    decay, rate = config.weight_decay, config.learning_rate
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(trained, rate, momentum=config.momentum, weight_decay=decay)
+    else:
+        optimizer = torch.optim.Adam(trained, rate, weight_decay=decay)
+    steps = config.epochs * math.ceil(len(inputs) / config.batch_size)
+    scheduler = LambdaLR(
+        optimizer, lambda step: learning_rate_factor(config.schedule, step / max(steps, 1))
+    )
+    averaged = AveragedModel(model, use_buffers=True) if config.average_epochs else None
+    rows = []
+    half = config.precision == "bfloat16" and computes_bfloat16(device)
+    with _fast_layout(model), _training_mode(model, generator.initial_seed()):
+        for epoch in progress_bar(range(1, config.epochs + 1), "training"):
+            summed = torch.zeros(2, device=device)  # loss and hits, read once per epoch
+            used_rate = scheduler.get_last_lr()[0]
+            for batch in _batches(len(inputs), config.batch_size, generator):
+                x, y = inputs[batch], labels[batch]
+                if config.augmentation is not None:
+                    x = augment(x, config.augmentation, generator=generator)
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    logits = model(x)
+                logits = logits.to(x.dtype)
+                losses = cross_entropy(logits, y)
+                optimizer.zero_grad(set_to_none=True)
+                losses.mean().backward()
+                optimizer.step()
+                scheduler.step()
+                if averaged is not None and epoch > config.epochs - config.average_epochs:
+                    averaged.update_parameters(model)
+                hits = is_feasible(logits.detach(), y)
+                summed += torch.stack([losses.detach().sum(), hits.sum()])
+                if on_batch is not None:
+                    on_batch(batch, hits.cpu())
+            loss, accuracy = (summed / len(inputs)).tolist()
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"training: expected a finite loss, got {loss} in epoch {epoch}; lower the "
+                    f"learning rate ({rate:g}) or check the inputs"
+                )
+            if epoch % config.log_every == 0 or epoch == config.epochs:
+                rows.append((epoch, loss, accuracy, used_rate))
+    if averaged is not None:
+        model.load_state_dict(averaged.module.state_dict())
+    if config.polish_steps:
+        _polish(model, trained, inputs, labels, config)
+    optimizer.zero_grad(set_to_none=True)
+    return pd.DataFrame(rows, columns=["epoch", "loss", "accuracy", "learning_rate"])
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has instructions for bfloat16, so that it is worth using."""
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextmanager
+def _fast_layout(model: nn.Module) -> Iterator[None]:
+    """Hold the weights channels-last while training, where that is the faster layout.
+
+    Convolutions are up to twice as fast in it on a CPU; group and instance norms are slower and
+    lose what the convolutions gain.
+    """
+    if any(isinstance(module, nn.GroupNorm | nn.InstanceNorm2d) for module in model.modules()):
+        yield
+        return
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+@contextmanager
+def _training_mode(model: nn.Module, seed: int) -> Iterator[None]:
+    """Turn dropout on, drawn from `seed`; flags and torch's global generator are put back."""
+    before = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model.train()
+            yield
+        finally:
+            for module, training in before:
+                module.training = training
+
+
+def _polish(
+    model: nn.Module,
+    trained: list[nn.Parameter],
+    inputs: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+) -> None:
+    """Take full-batch gradient steps in evaluation mode; the gradient is summed over batches.
+
+    Heavy momentum, since no noise has to be averaged out any more. (L-BFGS with a line search
+    moved away from stationarity on ReLU networks: their gradient jumps.)
+    """
+    optimizer = torch.optim.SGD(
+        trained, config.learning_rate, momentum=0.98, weight_decay=config.weight_decay
+    )
+    scheduler = LambdaLR(
+        optimizer, lambda step: learning_rate_factor("cosine", step / config.polish_steps)
+    )
+    with _fast_layout(model), evaluation_mode(model):
+        for _ in progress_bar(range(config.polish_steps), "polishing"):
+            optimizer.zero_grad(set_to_none=True)
+            for x, y in zip(
+                inputs.split(config.batch_size), labels.split(config.batch_size), strict=True
+            ):
+                (cross_entropy(model(x), y).sum() / len(inputs)).backward()
+            optimizer.step()
+            scheduler.step()
+    if not all(bool(torch.isfinite(p).all()) for p in trained):
+        raise FloatingPointError(
+            f"polishing: expected finite weights, got NaN or infinite ones; lower the learning "
+            f"rate ({config.learning_rate:g})"
+        )
+
+
+def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    return iter(torch.randperm(count, generator=generator).split(size))
+
+
+def _check_split(split: Labelled) -> tuple[Tensor, Tensor]:
+    inputs, labels = check_inputs(split.inputs), as_labels(split.labels)
+    check_same_length(inputs=len(inputs), labels=len(labels))
+    return inputs, labels
+
+
+def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Tensor:
+    """Return the logits of all `inputs` [n, K], batch by batch, without a graph."""
+    device = device_of(model)
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            return torch.cat([model(batch.to(device)) for batch in inputs.split(batch_size)])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"inputs: expected a shape and dtype that the model can read, got "
+                f"{list(inputs.shape)} {inputs.dtype} (PyTorch says: {error})"
+            ) from error
+
+
+def accuracy(model: nn.Module, split: Labelled) -> float:
+    """Return the fraction of `split` that the model classifies as labelled, from 0 to 1."""
+    inputs, labels = _check_split(split)
+    target = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    logits = logits_of(model, inputs)
+    check_label_range(labels, max(logits.shape[1], 2))  # one logit separates two classes
+    predicted = predict(logits).cpu()
+    return float((predicted == target.cpu()).float().mean())

@@ -1,0 +1,295 @@
+"""Data sets as two tensors each, normalised: x = (pixel − mean) / std, pixel ∈ [0, 1].
+
+Everything small enough to fit in memory is kept there; no loader processes, no hidden state.
+Shapes: inputs float32 [n, C, H, W], labels int64 [n].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsvlib._files import repository_root
+from dsvlib._validation import check_same_length, suggestion
+
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+DIGITS = tuple("0123456789")
+# Channel statistics that the field normalises with; other data sets use their own training images.
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+}
+STATISTICS["cifar10-jpeg"] = STATISTICS["cifar10"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One part of a data set: `inputs` [n, C, H, W] and `labels` [n]."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        check_same_length(inputs=len(self.inputs), labels=len(self.labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> Split:
+        return Split(self.inputs[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the same samples on `device`."""
+        return Split(self.inputs.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training and test images with everything that is needed to read them.
+
+    `mean` and `std` hold one number per channel, for pixels in [0, 1].
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    test: Split
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one image."""
+        channels, height, width = self.train.inputs.shape[1:]
+        return channels, height, width
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest valid pixel in normalised units, each [C]."""
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (0 - mean) / std, (1 - mean) / std
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """Return images with pixels in [0, 1] from normalised `inputs` [n, C, H, W]."""
+        mean, std = (inputs.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (inputs * std + mean).clamp(0, 1)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over every pixel and label: which data a number came from."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            digest.update(split.inputs.numpy().tobytes())
+            digest.update(split.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+class _Pixels(NamedTuple):
+    """Raw images before normalisation: float [n, C, H, W] in [0, 1] and labels."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: tuple[str, ...]
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Load a data set into memory.
+
+    Parameters
+    ----------
+    name
+        ``"digits"`` (comes with scikit-learn, works offline; 8×8 up-sampled to 16×16; a fixed
+        stratified split into 1,347 training and 450 test images), ``"cifar10"``, ``"cifar100"``,
+        ``"svhn"``, ``"mnist"``, ``"fashion_mnist"`` (torchvision's copies, downloaded on demand
+        and checked), ``"cifar10-jpeg"`` and ``"imagenette-64"`` (folders of image files below
+        `root`), or ``"folder:PATH"`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``.
+    root
+        Where downloads live (default: ``data/downloads`` in the repository).
+    image_size
+        Height and width to resize to.
+    limit
+        Keep at most this many images of each split, the first of every class in turn.
+
+    Raises ValueError for an unknown name or a setting out of range, FileNotFoundError for a
+    missing folder, RuntimeError when a download fails.
+    """
+    for setting, value in (("image_size", image_size), ("limit", limit)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{setting}: expected a whole number ≥ 1 or None, got {value!r}")
+    folder = Path(root) if root else repository_root() / "data" / "downloads"
+    statistics = STATISTICS.get(name)
+    if name.startswith("folder:"):
+        path = Path(name.removeprefix("folder:"))
+        pixels, name = _read_folder(path), path.name
+    elif name in _READERS:
+        pixels = _READERS[name](folder)
+    else:
+        options = [*_READERS, "folder:PATH"]
+        raise ValueError(
+            f"name: expected one of {', '.join(options)}, got {name!r}{suggestion(name, options)}"
+        )
+    train, test = (_prepare(*part, image_size, limit) for part in (pixels.train, pixels.test))
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(
+            f"{name}: expected training and test images of one shape, got "
+            f"{list(train[0].shape[1:])} and {list(test[0].shape[1:])}; pass image_size="
+        )
+    if statistics is not None:
+        mean, std = statistics
+    else:
+        mean = tuple(train[0].mean(dim=(0, 2, 3)).tolist())
+        std = tuple(train[0].std(dim=(0, 2, 3)).clamp(min=1e-3).tolist())
+    offset, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+    splits = [Split((images - offset) / scale, labels) for images, labels in (train, test)]
+    return Dataset(name, pixels.classes, mean, std, *splits)
+
+
+def _prepare(
+    images: Tensor, labels: Tensor, image_size: int | None, limit: int | None
+) -> tuple[Tensor, Tensor]:
+    if limit is not None and limit < len(labels):
+        # rank of each image within its class, so that a small limit stays balanced
+        one_hot = F.one_hot(labels)
+        rank = (one_hot.cumsum(0) * one_hot).sum(1)
+        keep = torch.sort(rank, stable=True).indices[:limit].sort().values
+        images, labels = images[keep], labels[keep]
+    if image_size is not None and images.shape[-2:] != (image_size, image_size):
+        images = F.interpolate(
+            images, size=(image_size, image_size), mode="bilinear", antialias=True
+        )
+    return images, labels
+
+
+def _read_digits(_: Path) -> _Pixels:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    data: Any = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = F.interpolate(images, scale_factor=2, mode="bilinear")
+    labels = torch.tensor(data.target, dtype=torch.int64)
+    train, test = train_test_split(
+        range(len(labels)), test_size=450, stratify=labels, random_state=0
+    )
+    return _Pixels((images[train], labels[train]), (images[test], labels[test]), DIGITS)
+
+
+def _read_torchvision(
+    name: str, train: dict[str, object], test: dict[str, object], classes: tuple[str, ...] = ()
+) -> Callable[[Path], _Pixels]:
+    """Return a reader for torchvision's class `name`; it downloads once and verifies checksums."""
+
+    def read_part(folder: Path, options: dict[str, object]) -> tuple[Tensor, Tensor, Any]:
+        from torchvision import datasets
+
+        try:
+            data = getattr(datasets, name)(str(folder), download=True, **options)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"{name}: expected the data set in {folder} or a download, got: {error}; "
+                f"go online once, or copy torchvision's files there and pass root="
+            ) from error
+        images = torch.as_tensor(data.data)
+        if images.ndim == 3:  # grey images without a channel
+            images = images.unsqueeze(1)
+        elif images.shape[-1] == 3:
+            images = images.permute(0, 3, 1, 2)
+        labels = torch.as_tensor(getattr(data, "targets", getattr(data, "labels", None)))
+        return images.float() / 255, labels.to(torch.int64), data
+
+    def read(folder: Path) -> _Pixels:
+        train_images, train_labels, data = read_part(folder, train)
+        test_images, test_labels, _ = read_part(folder, test)
+        names = classes or tuple(data.classes)
+        return _Pixels((train_images, train_labels), (test_images, test_labels), names)
+
+    return read
+
+
+def _read_folder(folder: Path) -> _Pixels:
+    import numpy as np
+    from PIL import Image
+
+    parts: list[tuple[Tensor, Tensor]] = []
+    names: list[str] = []
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(
+                f"{folder / part}: expected a folder of classes, found none; a folder data set "
+                f"has {folder}/train/<class>/* and {folder}/test/<class>/*"
+            )
+        found = sorted(p.name for p in (folder / part).iterdir() if p.is_dir())
+        names = names or found
+        if found != names or not found:
+            raise ValueError(
+                f"{folder / part}: expected the classes {names} of the train folder, got {found}; "
+                f"both need the same sub-folders"
+            )
+        arrays, labels = [], []
+        for label, class_name in enumerate(names):
+            for file in sorted((folder / part / class_name).iterdir()):
+                try:
+                    with Image.open(file) as image:
+                        arrays.append(np.asarray(image.convert("RGB")))
+                except OSError as error:  # also a truncated image
+                    raise ValueError(
+                        f"{file}: expected an image, got: {error}; remove or repair that file"
+                    ) from error
+                labels.append(label)
+        if len({a.shape for a in arrays}) != 1:
+            raise ValueError(
+                f"{folder / part}: expected images of one size, got "
+                f"{sorted({a.shape for a in arrays})[:3]}; resize them first"
+            )
+        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        parts.append((images.float() / 255, torch.tensor(labels)))
+    return _Pixels(parts[0], parts[1], tuple(names))
+
+
+def _read_below(name: str) -> Callable[[Path], _Pixels]:
+    """Return a reader for the folders of images in ``root/<name>``, or in `root` itself."""
+
+    def read(folder: Path) -> _Pixels:
+        below = folder / name
+        return _read_folder(below if below.is_dir() else folder)
+
+    return read
+
+
+_BY_FLAG: tuple[dict[str, object], dict[str, object]] = ({"train": True}, {"train": False})
+_READERS: dict[str, Callable[[Path], _Pixels]] = {
+    "digits": _read_digits,
+    "cifar10": _read_torchvision("CIFAR10", *_BY_FLAG, classes=CIFAR10_CLASSES),
+    "cifar100": _read_torchvision("CIFAR100", *_BY_FLAG),
+    "svhn": _read_torchvision("SVHN", {"split": "train"}, {"split": "test"}, classes=DIGITS),
+    "mnist": _read_torchvision("MNIST", *_BY_FLAG, classes=DIGITS),
+    "fashion_mnist": _read_torchvision("FashionMNIST", *_BY_FLAG),
+    "cifar10-jpeg": _read_below("cifar10-jpeg"),
+    "imagenette-64": _read_below("imagenette-64"),
+}

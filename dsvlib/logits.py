@@ -1,0 +1,69 @@
+"""What the logits Φ(x; θ) of a batch say: the loss L, the predicted class, entropy and margin.
+
+Shapes: logits [n, K]; labels int64 [n] or float [n, K] (soft); every function returns [n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsvlib._validation import as_labels, check_label_range, check_same_length
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each sample, [n]; labels are class numbers or rows over K."""
+    if labels.is_floating_point():
+        labels = labels.to(logits.dtype)
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def predict(logits: Tensor) -> Tensor:
+    """Return the predicted class of each sample, [n]; one logit means a binary score f(x)."""
+    if logits.shape[1] == 1:
+        return (logits[:, 0] > 0).long()
+    return logits.argmax(dim=1)
+
+
+def is_feasible(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which samples are classified as labelled (soft: as their largest entry), [n]."""
+    target = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    return predict(logits) == target
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise ValueError unless `logits` is [n, K] with K ≥ 2."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits: expected shape [n, K] with K ≥ 2, got {list(logits.shape)}; "
+            f"pass the classifier's output for a batch"
+        )
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return −Σ_c p_c log p_c of the softmax probabilities, in nats, [n]; from 0 to log K."""
+    check_logits(logits)
+    log_probabilities = F.log_softmax(logits, dim=1)
+    # p·log p → 0 as p → 0: masked where exp underflowed, since 0·(−∞) would be a NaN
+    product = log_probabilities.exp() * log_probabilities.clamp(min=-1e4)
+    return -product.sum(dim=1)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return Φ_y(x) − max_{c≠y} Φ_c(x), [n]; negative where the sample is misclassified.
+
+    Soft labels count as their most probable class.
+    """
+    check_logits(logits)
+    labels = as_labels(labels)
+    check_same_length(logits=len(logits), labels=len(labels))
+    check_label_range(labels, logits.shape[1])
+    target = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    chosen = logits.gather(1, target[:, None])
+    others = logits.scatter(1, target[:, None], -torch.inf)
+    return chosen[:, 0] - others.amax(dim=1)

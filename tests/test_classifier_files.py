@@ -1,0 +1,174 @@
+"""Classifiers in files: the same logits afterwards, and a clear word about every other file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dsvlib import SupportSet, _files, build_model, load_classifier, save_classifier
+
+SHAPE = (1, 16, 16)
+ARCHITECTURES = {
+    "convnet": {"width": 4},
+    "resnet18": {},
+    "vit": {"width": 16, "depth": 1, "heads": 2},
+}
+
+
+def small(**options: object) -> nn.Module:
+    return build_model("convnet", num_classes=3, shape=SHAPE, **({"width": 4} | options))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_round_trip_gives_equal_logits(name, tmp_path, generator, untouched):
+    model = build_model(name, num_classes=3, shape=SHAPE, **ARCHITECTURES[name])
+    inputs = torch.randn(4, *SHAPE, generator=generator)
+    model(inputs)  # moves the running statistics of batch norms
+    path = tmp_path / "deep" / "classifier.safetensors"
+    with untouched(model):
+        save_classifier(path, model, dataset="digits", classes=["a", "b", "ç"], mean=[0.5])
+    loaded, metadata = load_classifier(path)
+    assert not any(module.training for module in loaded.modules())
+    assert torch.equal(loaded(inputs), model.eval()(inputs))
+    assert loaded.spec == model.spec
+    assert metadata == {
+        "dataset": "digits",
+        "classes": ["a", "b", "ç"],
+        "mean": [0.5],
+        "architecture": name,
+        "num_classes": 3,
+        "shape": SHAPE,
+    }
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("options", [{"norm": "batch"}, {"norm": "none", "pooling": "max"}])
+def test_options_are_kept(options, tmp_path):
+    save_classifier(tmp_path / "file", small(**options))
+    assert load_classifier(tmp_path / "file")[0].spec.options == {"width": 4} | options
+
+
+def test_a_loaded_classifier_can_be_saved_again(tmp_path):
+    save_classifier(tmp_path / "one", small(), seed=1)
+    model, metadata = load_classifier(tmp_path / "one")
+    save_classifier(tmp_path / "two", model, seed=metadata["seed"])
+    again, same = load_classifier(tmp_path / "two")
+    assert same == metadata
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_loading_leaves_global_randomness_alone(tmp_path):
+    save_classifier(tmp_path / "file", small())
+    before = torch.get_rng_state()
+    load_classifier(tmp_path / "file")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_shipped_name_is_looked_up(tmp_path, monkeypatch):
+    for module in ("checkpoints", "files"):
+        monkeypatch.setattr(f"dsvlib.{module}.checkpoints_folder", lambda: tmp_path)
+    monkeypatch.setattr("dsvlib._files.opened_checkpoints", set())
+    monkeypatch.chdir(tmp_path.parent)
+    model = small()
+    save_classifier(tmp_path / "toys-convnet.safetensors", model)
+    loaded, _ = load_classifier("toys-convnet")
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+    with pytest.raises(FileNotFoundError, match=r"\['toys-convnet'\], got 'toys-resnet'"):
+        load_classifier("toys-resnet")
+    assert _files.opened_checkpoints == {"toys-convnet"}, "what was read, and nothing else"
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="save_classifier wrote, found none"):
+        load_classifier(tmp_path / "none.safetensors")
+
+
+def test_damaged_file(tmp_path):
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(path, small())
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:30], b"", b"\x80\x04pickle"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="got a damaged or foreign one"):
+            load_classifier(path)
+
+
+def test_pickles_are_not_read(tmp_path):
+    torch.save(small().state_dict(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        load_classifier(tmp_path / "model.pt")
+
+
+def test_foreign_safetensors(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, str(path))
+    with pytest.raises(ValueError, match=r"expected format 'dsvlib\.classifier\.v1', got None"):
+        load_classifier(path)
+    SupportSet(torch.zeros(1, 2), [0], torch.ones(1)).save(path)
+    with pytest.raises(ValueError, match=r"got 'dsvlib\.support-set\.v1'"):
+        load_classifier(path)
+
+
+def rewrite(path: Path, *, tensors: dict | None = None, **header: str) -> None:
+    with safe_open(str(path), framework="pt") as file:
+        old = dict(file.metadata())
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors or kept, str(path), metadata=old | header)
+
+
+def test_file_whose_parts_do_not_fit(tmp_path):
+    path = tmp_path / "classifier.safetensors"
+    spec = {"name": "convnet", "num_classes": 3, "shape": SHAPE, "options": {}}
+    cases = [
+        {"tensors": small(width=5).state_dict()},
+        {"tensors": {"weight": torch.zeros(3)}},
+        {"spec": json.dumps(spec | {"name": "lenet"})},
+        {"spec": json.dumps(spec | {"options": {"colour": 1}})},
+        {"spec": "{}"},
+        {"spec": "not json"},
+        {"metadata": "not json"},
+    ]
+    for case in cases:
+        save_classifier(path, small())
+        rewrite(path, **case)
+        with pytest.raises(ValueError, match="expected weights that fit the architecture") as hit:
+            load_classifier(path)
+        assert path.name in str(hit.value)
+        assert "\n" not in str(hit.value)
+
+
+def test_model_not_from_build_model(tmp_path):
+    with pytest.raises(TypeError, match="expected a classifier from build_model, got Linear"):
+        save_classifier(tmp_path / "file", nn.Linear(2, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_must_be_json(tmp_path):
+    with pytest.raises(TypeError, match="JSON"):
+        save_classifier(tmp_path / "file", small(), mean=torch.zeros(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(path, small())
+    before = path.read_bytes()
+
+    def half(tensors: object, filename: str, metadata: object = None) -> None:
+        Path(filename).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        save_classifier(path, small())
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

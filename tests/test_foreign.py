@@ -1,0 +1,213 @@
+"""Classifiers from torchvision, from one's own code and from files; no network is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+from dsvlib import Classifier, open_classifier
+from dsvlib.classifiers.foreign import load_weights
+
+OWN = {"classes": ["cat", "dog"], "mean": [0.5], "std": [0.25], "shape": (1, 4, 4)}
+
+
+def net(width: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, width), nn.Tanh(), nn.Linear(width, 2))
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return models.resnet18()
+
+
+def test_torchvision_by_name_with_a_local_file(resnet: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "resnet18.pth"
+    torch.save(resnet.state_dict(), path)
+    before = torch.get_rng_state()
+    found = open_classifier("torchvision:resnet18", weights=path)
+    assert torch.equal(torch.get_rng_state(), before)
+    for key, value in resnet.state_dict().items():
+        assert torch.equal(found.model.state_dict()[key], value)
+    assert not found.model.training
+    assert found.shape == (3, 224, 224)
+    assert (len(found.classes), found.classes[281]) == (1000, "tabby")
+    assert found.mean == (0.485, 0.456, 0.406)
+    assert found.labels(["tabby", 3]).tolist() == [281, 3]
+
+
+def test_torchvision_downloads_with_checksum(
+    resnet: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetched(self: models.WeightsEnum, **options: object) -> dict[str, torch.Tensor]:
+        asked.append((str(self), options["check_hash"]))
+        return resnet.state_dict()
+
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", fetched)
+    open_classifier("torchvision:resnet18")
+    found = open_classifier("torchvision:ResNet18_Weights.IMAGENET1K_V1")
+    assert asked == [("ResNet18_Weights.IMAGENET1K_V1", True)] * 2
+    assert found.name == "ResNet18_Weights.IMAGENET1K_V1"
+
+    def offline(self: models.WeightsEnum, **_: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", offline)
+    with pytest.raises(RuntimeError, match=r"expected to download https.*got: no network; fetch"):
+        open_classifier("torchvision:resnet18")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet81", "did you mean 'resnet18'"),
+        ("ResNet50_Weight.IMAGENET1K_V2", "expected one of its classifiers"),
+        ("ResNet50_Weights.IMAGENET1K_V3", "one of IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, got"),
+    ],
+)
+def test_unknown_torchvision_names(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_classifier(f"torchvision:{name}")
+
+
+def test_weights_of_another_architecture(resnet: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "resnet18.pth"
+    torch.save(resnet.state_dict(), path)
+    with pytest.raises(
+        ValueError,
+        match=r"expected weights of ResNet, got \[64, 64, 3, 3\] for 'layer1.0.conv1.weight', "
+        r"expected \[64, 64, 1, 1\] and \d+ more",
+    ):
+        open_classifier("torchvision:resnet50", weights=path)
+
+
+def test_own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "own.safetensors"
+    trained = net()
+    save_file(trained.state_dict(), path)
+    found = open_classifier(net, weights=path, **OWN)
+    inputs = torch.randn(2, 1, 4, 4)
+    assert torch.equal(found.model(inputs), trained(inputs))
+    assert found.classes == ("cat", "dog")
+    low, high = found.bounds
+    assert (low.tolist(), high.tolist()) == ([-2.0], [2.0])
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh(), nn.Linear(3, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    again = open_classifier("mynet:build", weights=path, **OWN)
+    assert torch.equal(again.model(inputs), trained(inputs))
+    with pytest.raises(ValueError, match="did you mean 'build'"):
+        open_classifier("mynet:buidl", weights=path, **OWN)
+    with pytest.raises(ValueError, match="module that can be imported"):
+        open_classifier("yournet:build", weights=path, **OWN)
+
+
+def test_wrapped_state_dicts(tmp_path: Path) -> None:
+    trained, path = net(), tmp_path / "own.pt"
+    parallel = {f"module.{k}": v for k, v in trained.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": parallel}, path)
+    model = net()
+    load_weights(model, path)
+    assert torch.equal(model[1].weight, trained[1].weight)
+
+
+def test_misfits_name_the_first_key_and_change_nothing(tmp_path: Path) -> None:
+    model, path = net(), tmp_path / "own.pt"
+    before = model[1].weight.clone()
+    cases = {
+        r"got \[5, 16\] for '1.weight', expected \[3, 16\] and 2 more": net(5).state_dict(),
+        r"got no '1.weight'": {k: v for k, v in net().state_dict().items() if k != "1.weight"},
+        r"got 'head.bias', which the network lacks": net().state_dict() | {"head.bias": before},
+    }
+    for message, state in cases.items():
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, path)
+        assert torch.equal(model[1].weight, before)
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+def test_no_code_is_run_from_a_file(tmp_path: Path) -> None:
+    torch.save({"1.weight": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(ValueError, match="cannot be read without running code"):
+        load_weights(net(), tmp_path / "trap.pt")
+    (tmp_path / "no.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_weights(net(), tmp_path / "no.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="expected a state dict"):
+        load_weights(net(), tmp_path / "list.pt")
+    with pytest.raises(FileNotFoundError, match="expected a file of weights"):
+        load_weights(net(), tmp_path / "missing.pt")
+
+
+def test_shipped_ones_bring_all_they_need() -> None:
+    found = open_classifier("digits-convnet")
+    assert (found.name, found.dataset, found.shape) == ("digits-convnet", "digits", (1, 16, 16))
+    with pytest.raises(ValueError, match=r"classes 2, logits 10"):
+        open_classifier("digits-convnet", classes=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": [0.5, 0.5]}, "expected 1 numbers each, one per channel"),
+        ({"std": [0.0]}, "std > 0"),
+        ({"shape": (4, 4)}, r"expected \(channels, height, width\)"),
+        ({"classes": []}, "one name per logit"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Classifier(net(), **(OWN | change))
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ValueError, match=r"net: expected mean, std beside the network"):
+        open_classifier(net, classes=["a", "b"], shape=(1, 4, 4))
+    with pytest.raises(TypeError, match=r"returns a torch.nn.Module, got int"):
+        open_classifier(lambda: 3, **OWN)
+
+
+def test_reading_images_of_another_size_and_normalisation() -> None:
+    found = Classifier(net(), **OWN)
+    pixels = torch.rand(5, 1, 4, 4)
+    wanted = found.model((pixels - 0.5) / 0.25)
+    same = found.reading(shape=(1, 4, 4), mean=[0.3], std=[0.1])
+    torch.testing.assert_close(same((pixels - 0.3) / 0.1), wanted)
+    larger = pixels.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    other = found.reading(shape=(1, 8, 8), mean=[0.3], std=[0.1])
+    torch.testing.assert_close(other((larger - 0.3) / 0.1), wanted)
+    assert not other.training
+    with pytest.raises(ValueError, match="expected 1 channels, as the classifier reads, got 3"):
+        found.reading(shape=(3, 4, 4), mean=[0.3], std=[0.1])
+
+
+def test_labels_by_name() -> None:
+    found = Classifier(net(), **(OWN | {"classes": ["tabby cat", "crane", "crane"]}))
+    assert found.labels(["tabby cat", " 1", 2]).tolist() == [0, 1, 2]
+    for wanted, message in (
+        ("taby cat", "got 'taby cat'; did you mean 'tabby cat'"),
+        ("crane", "'crane', which several share"),
+        (3, "from 0 to 2, got 3"),
+        ("-1", "from 0 to 2, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            found.labels([wanted])

@@ -1,0 +1,64 @@
+"""The products of G against one backward pass per sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, candidates, sample_gradients
+
+from dsvlib.frozen import evaluation_mode
+from dsvlib.gradients import SampleGradients
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv", "conv-group", "conv-batch"])
+def test_products(kind, untouched):
+    model, samples = build(kind), candidates(7)
+    theta, expected = sample_gradients(model, samples)
+    vector = torch.randn(len(theta), generator=torch.Generator().manual_seed(0)).double()
+    with untouched(model), evaluation_mode(model):
+        gradients = SampleGradients(model, samples.inputs, samples.labels, batch_size=3)
+        rows = gradients.fill(torch.empty(4, len(theta)).double(), 2)
+        total = gradients.weighted_sum(samples.multipliers)
+        change = gradients.directional(vector)
+        logits = gradients.logits()
+        torch.testing.assert_close(logits, model(samples.inputs))
+    np.testing.assert_allclose(gradients.theta, theta)
+    np.testing.assert_allclose(rows, expected[2:6], atol=1e-14)
+    np.testing.assert_allclose(total, samples.multipliers.numpy() @ expected, atol=1e-14)
+    np.testing.assert_allclose(change, expected @ vector.numpy(), atol=1e-14)
+
+
+def test_products_over_some_of_the_samples():
+    model, samples = build("conv"), candidates(7)
+    theta, expected = sample_gradients(model, samples)
+    index = torch.tensor([5, 0, 3, 6])
+    with evaluation_mode(model):
+        gradients = SampleGradients(model, samples.inputs, samples.labels, batch_size=3)
+        total = gradients.weighted_sum(samples.multipliers, index)
+        change = gradients.directional(gradients.theta, index)
+    chosen = np.isin(np.arange(7), index)
+    weights = np.where(chosen, samples.multipliers.numpy(), 0)
+    np.testing.assert_allclose(total, weights @ expected, atol=1e-14)
+    np.testing.assert_allclose(change, np.where(chosen, expected @ theta, 0), atol=1e-14)
+
+
+@pytest.mark.parametrize("memory", [1e-4, 3e-5, 2e-5], ids=["held", "two panels", "many panels"])
+def test_gram_matrix_does_not_depend_on_memory(memory):
+    model, samples = build("conv"), candidates(17)
+    theta, expected = sample_gradients(model, samples)
+    gradients = SampleGradients(model, samples.inputs, samples.labels, batch_size=3)
+    with evaluation_mode(model):
+        gram, projection = gradients.gram(memory)
+    np.testing.assert_allclose(gram, expected @ expected.T, rtol=1e-12)
+    np.testing.assert_allclose(projection, expected @ theta, rtol=1e-12)
+
+
+def test_more_samples_than_a_column_block():
+    """The Gram matrix is mirrored block by block: look at both sides of a seam."""
+    model, samples = build("dense"), candidates(300)
+    _, expected = sample_gradients(model, samples)
+    gradients = SampleGradients(model, samples.inputs, samples.labels)
+    with evaluation_mode(model):
+        gram, _ = gradients.gram(1.0)
+    np.testing.assert_allclose(gram, expected @ expected.T, rtol=1e-9, atol=1e-12)

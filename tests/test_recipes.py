@@ -1,0 +1,58 @@
+"""Recipes of the shipped classifiers: where one starts, and what data/README.md says of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from companion import recipes
+from dsvlib import load_dataset
+from dsvlib._files import checkpoint_path, repository_root
+from dsvlib.classifiers.files import load_classifier
+from dsvlib.classifiers.training import TrainConfig
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in recipes.RECIPES.items() if recipe.start])
+def test_a_start_has_the_same_network_and_images(name):
+    recipe = recipes.RECIPES[name]
+    first = recipes.RECIPES[recipe.start]
+    for field in ("dataset", "architecture", "options", "image_size", "seed"):
+        assert getattr(recipe, field) == getattr(first, field), field
+
+
+def test_training_goes_on_from_the_start(monkeypatch):
+    data = load_dataset("digits", limit=40)
+    short = replace(recipes.RECIPES["digits-convnet"], training=TrainConfig(epochs=2))
+    still = replace(short, training=TrainConfig(epochs=0), start="first")
+    monkeypatch.setattr(recipes, "RECIPES", {"first": short, "second": still})
+    first, _ = recipes.classifier("first", data, seed=3)
+    second, _ = recipes.classifier("second", data, seed=3)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    another, _ = recipes.classifier("second", data, seed=4)
+    assert not torch.equal(next(another.parameters()), next(first.parameters()))
+
+
+def test_the_readme_beside_the_classifiers_tells_their_numbers():
+    text = (repository_root() / "data" / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([\d.]+) % \| (-?[\d.]+) \|$", text, re.MULTILINE)
+    shipped = {name for name in recipes.RECIPES if checkpoint_path(name).is_file()}
+    assert {name for name, *_ in rows} == shipped == set(recipes.RECIPES)
+    for name, accuracy, cosine in rows:
+        facts = load_classifier(name)[1]
+        assert accuracy == f"{100 * facts['test_accuracy']:.1f}", name
+        assert cosine == f"{facts['cosine']:.2f}", name
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_shipped_classifier_was_trained_by_its_recipe(name):
+    """What its header says must be what the recipe says now, or `dsv train` makes another one."""
+    recorded = load_classifier(name)[1]["recipe"]
+    now = json.loads(json.dumps(asdict(recipes.RECIPES[name])))
+    recorded |= recorded.pop("training")
+    now |= now.pop("training")
+    assert recorded == {key: now[key] for key in recorded}  # settings that came later have no entry

@@ -1,0 +1,429 @@
+"""The site's pages as text: what records and notebooks say is on them, escaped, no more."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from checkout import make_checkout, write_presets
+from docutils.core import publish_doctree
+from docutils.utils import SystemMessage
+from matplotlib.figure import Figure
+
+import dsvlib
+from companion import cli
+from companion.presets import read_presets
+from companion.runs import RecordError, Run
+from companion.site import build, content
+from dsvlib._errors import DsvError, RequestError
+from dsvlib._files import PACKAGE
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = make_checkout(tmp_path, monkeypatch)
+    for name in ("index.md", "claims.md", "conf.py"):
+        (root / "site").mkdir(exist_ok=True)
+        (root / "site" / name).write_text((PACKAGE.parent / "site" / name).read_text())
+    return root
+
+
+def publish(notebook: str = "01_line", preset: str = "quick", size: Any = (2, 1.5)) -> Path:
+    run = Run.start(
+        notebook, preset=preset, seed=3, parameters={"steps": 5, "why": "<b>"}, data_digest="d" * 64
+    )
+    fig = Figure(figsize=size)
+    fig.add_subplot().plot([0, 1])
+    data = pd.DataFrame({"x": [0, 1]})
+    run.save_figure(fig, "line_one", alt='A "line"\nthat <rises>', data=data, caption="A & B")
+    run.save_table(data, "numbers", caption="not on the wall")
+    run.complete()
+    return run.directory
+
+
+class Tags(HTMLParser):
+    """Collect tags with their attributes; fail where they do not nest."""
+
+    VOID = ("img", "br", "meta", "link")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+# --- the wall ------------------------------------------------------------------------------------
+
+
+def test_wall_shows_figures_with_finding_and_files(checkout: Path) -> None:
+    publish()
+    text = content.wall(content.read_figures("quick"), {"01_line": "01 · A line"})
+    assert "\n\n" not in text, "an empty line ends a block of HTML in Markdown"
+    tags = Tags(text)
+    assert [image["alt"] for image in tags.all("img")] == ['A "line" that <rises>']
+    assert tags.all("img")[0]["src"] == "figures/quick/01_line/line_one.png"
+    links = {link["href"] for link in tags.all("a")}
+    assert "notebooks/01_line.html" in links
+    for suffix in ("csv", "svg", "json"):
+        assert f"figures/quick/01_line/line_one.{suffix}" in links
+    assert "A &amp; B" in text
+    assert "not on the wall" not in text
+    assert str(checkout) not in text
+
+
+def test_why_panel_tells_command_parameters_commit_and_data(checkout: Path) -> None:
+    publish()
+    (figure,) = content.read_figures("quick")["01_line"]
+    panel = content.why_panel(figure, up="../")
+    Tags(panel)
+    assert "\n" not in panel
+    assert "dsv reproduce --preset quick --only 01_line" in panel
+    assert "steps = 5" in panel
+    assert "&lt;b&gt;" in panel
+    assert "<dt>Seed</dt><dd><code>3</code>" in panel
+    assert "<dt>Commit</dt>" in panel
+    assert "dddddddddddd" in panel
+    assert 'href="../figures/quick/01_line/line_one.csv"' in panel
+    assert "of this checkout" in panel
+
+
+def test_figures_of_other_code_say_so(checkout: Path) -> None:
+    publish()
+    path = checkout / "notebooks" / "01_line.ipynb"
+    path.write_text(path.read_text().replace("steps: int = 5", "steps: int = 6"))
+    (figure,) = content.read_figures("quick")["01_line"]
+    assert not figure.fresh
+    assert "older or newer than this checkout" in content.why_panel(figure)
+
+
+def test_run_that_is_not_whole_is_named_and_its_pictures_are_not_shown(checkout: Path) -> None:
+    (publish() / "line_one.svg").unlink()
+    figures = content.read_figures("quick")
+    assert isinstance(figures["01_line"], RecordError)
+    text = content.wall(figures, {})
+    assert "No complete run" in text
+    assert "line_one.svg is missing" in text
+    assert "<img" not in text
+
+
+@pytest.mark.parametrize(("size", "wide"), [((2, 1.5), False), ((6, 1), True)])
+def test_strips_take_a_row(checkout: Path, size: Any, wide: bool) -> None:
+    publish(size=size)
+    (figure,) = content.read_figures("quick")["01_line"]
+    assert figure.wide is wide
+
+
+# --- the ledger ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    verdict: str
+    notebook: str = "01_line"
+    where: str = "Fig. 1"
+    statement: str = "λ < 1 & more"
+    scale: str = "digits · quick"
+    preset: str = "quick"
+    measured: str = "a 1 (n = 3); b 2 (n = 3)"
+    paper: str = "pictures only"
+    tolerance: str = "≥ 2"
+    reason: str = "because"
+
+
+ROWS = [
+    Row("K-1", "reproduced"),
+    Row("K-2", "partly"),
+    Row("K-3", "not reproduced"),
+    Row("K-4", "not attempted", notebook="99_absent", measured="–"),
+    Row("K-5", "a word of tomorrow"),
+]
+
+
+def test_ledger_has_every_claim_in_words_and_red_where_nothing_ran() -> None:
+    text = content.ledger(ROWS, {"01_line": "01"})
+    tags = Tags(text)
+    rows = [row for row in tags.all("tr") if "id" in row]
+    assert [row["id"] for row in rows] == ["k-1", "k-2", "k-3", "k-4", "k-5"]
+    kinds = [row["class"] for row in rows]
+    assert kinds == ["row-yes", "row-partly", "row-no", "row-none", "row-none"]
+    for verdict in content.VERDICTS:
+        assert verdict in text
+    assert "λ &lt; 1 &amp; more" in text
+    assert "notebooks/99_absent.html" not in text
+    assert len({symbol for _, symbol in content.VERDICTS.values()}) == 4
+
+
+def test_summary_counts_each_verdict_and_links_its_claims() -> None:
+    text = content.verdict_summary(ROWS)
+    assert re.findall(r"<strong>(\d+)</strong>", text) == ["1", "1", "1", "2"]
+    assert 'href="claims.html#k-3"' in text
+
+
+# --- notebooks -----------------------------------------------------------------------------------
+
+
+def cell(kind: str, source: str, *tags: str, outputs: Any = ()) -> dict[str, Any]:
+    made = {"cell_type": kind, "source": source, "metadata": {"tags": list(tags)}}
+    return made | ({"outputs": list(outputs)} if kind == "code" else {})
+
+
+def example() -> dict[str, Any]:
+    picture = {
+        "data": {"image/png": "…"},
+        "metadata": {"image/png": {"alt": "A line\nthat rises"}},
+    }
+    table = {"data": {"text/html": '<style scoped>\nx\n</style>\n<table border="1"></table>'}}
+    return {
+        "cells": [
+            cell("markdown", "# 01 · Lines\n\nText."),
+            cell("code", "draw()", outputs=[picture]),
+            cell("code", "frame", outputs=[table]),
+            cell("markdown", "## Exercises\n\n**Exercise 1 · easy, 3 minutes.** Add them."),
+            cell("code", "def add(): ...  # your code", "exercise"),
+            cell("code", "def add(): return 1", "solution"),
+            cell("code", "assert add() == 1", "test"),
+            cell("markdown", "### Exercise 2 (hard, 9 minutes): again\n\nOnce more."),
+            cell("code", "def more(): ...", "exercise"),
+            cell("code", "def more(): return 2", "solution"),
+        ]
+    }
+
+
+def test_notebook_page_folds_solutions_and_keeps_findings() -> None:
+    cells = content.notebook_page(example(), "01_line", origin="<b>quick</b>")["cells"]
+    assert cells[0]["source"].startswith('# 01 · Lines\n\n<p class="origin"><b>quick</b> · ')
+    assert cells[0]["source"].endswith("\n\nText.")
+    assert cells[1]["metadata"]["mystnb"]["image"] == {"alt": "A line that rises"}
+    assert cells[2]["outputs"][0]["data"]["text/html"] == "<table></table>"
+    assert "hide-input" in cells[5]["metadata"]["tags"]
+    assert cells[5]["metadata"]["mystnb"]["code_prompt_show"] == "Solution"
+    assert "hide-input" not in cells[4]["metadata"]["tags"]
+
+
+def test_exercises_are_found_in_both_ways_of_writing_them() -> None:
+    found = list(content.exercises(example()))
+    assert [title for title, *_ in found] == [
+        "Exercise 1 · easy, 3 minutes",
+        "Exercise 2 (hard, 9 minutes): again",
+    ]
+    assert found[0][1:] == ("Add them.", "def add(): ...  # your code", "def add(): return 1")
+    text = content.exercises_page({"01_line": example()}, {"01_line": "01 · Lines"})
+    assert text.count('<details class="solution">') == text.count("</details>") == 2
+    assert text.index("def add(): ...") < text.index("<summary>") < text.index("return 1")
+
+
+def test_every_committed_exercise_is_on_the_page() -> None:
+    for path in sorted((PACKAGE.parent / "notebooks").glob("[0-9]*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        stubs = [c for c in notebook["cells"] if "exercise" in c["metadata"].get("tags", [])]
+        found = list(content.exercises(notebook))
+        assert len(found) == len(stubs), path.name
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+def test_reference_names_everything_public_once() -> None:
+    text = "\n".join(content.reference().values())
+    named = re.findall(r"^\.\. (?:auto\w+|py:data):: dsvlib\.[\w.]+\.(\w+)$", text, re.MULTILINE)
+    assert sorted(named) == dsvlib.__all__
+    for module in content.public_names():
+        assert f".. automodule:: dsvlib.{module}\n" in text
+
+
+def test_module_without_a_chapter_is_shown_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "CHAPTERS", content.CHAPTERS[1:])
+    made = content.reference()
+    assert "dsvlib.data.datasets.load_dataset" in made["more"]
+    assert "   more" in made["index"]
+
+
+@pytest.mark.parametrize("module", [m for names in content.CHAPTERS for m in names[2]])
+def test_docstrings_become_valid_text(module: str) -> None:
+    """docutils, strict, reads what a page makes of each docstring of the module."""
+    home = __import__(f"dsvlib.{module}", fromlist=["_"])
+    values = [home, *(getattr(home, name) for name in content.public_names().get(module, ()))]
+    values = [value for value in values if inspect.ismodule(value) or callable(value)]
+    values += [v for c in values if isinstance(c, type) for v in vars(c).values() if callable(v)]
+    for value in values:
+        lines = (inspect.getdoc(value) or "").splitlines()
+        text = "\n".join(content.plain_docstring(lines))
+        strict = {"report_level": 2, "halt_level": 2, "warning_stream": False}
+        try:
+            publish_doctree(text, settings_overrides=strict)
+        except SystemMessage as error:
+            pytest.fail(f"{module}: {error}\n{text}")
+
+
+def test_docstring_keeps_layout_and_signs() -> None:
+    lines = [
+        "Say |x| and *args of `a*b`.",
+        "",
+        "    f = a * b",
+        "      + |c|",
+        "",
+        "name",
+        "    1*",
+    ]
+    assert content.plain_docstring(lines) == [
+        *(r"Say \|x\| and \*args of `a*b`.", "", "::", "", "    f = a * b", "      + |c|", ""),
+        *("name", r"    1\*"),
+    ]
+    assert content.plain_docstring(["Parameters", "----------", "x"]) == ["**Parameters**", "", "x"]
+
+
+# --- building ------------------------------------------------------------------------------------
+
+
+def test_missing_sphinx_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DsvError, match="sphinx is missing, the site is built with it; run make"):
+        build._sphinx(tmp_path)
+
+
+def test_markers_are_filled_once_or_refused() -> None:
+    assert content.fill("a <!-- x --> b", {"x": ["1", "2"]}) == "a 1\n2 b"
+    with pytest.raises(ValueError, match="expected <!-- y --> once in the page, got 0"):
+        content.fill("<!-- x -->", {"y": ""})
+    with pytest.raises(ValueError, match="no part for the marker <!-- x -->"):
+        content.fill("<!-- x -->", {})
+
+
+def test_site_of_no_run_is_one_line_and_a_status(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["site", "--preset", "smoke"])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dsv: no complete run of preset 'smoke' to show; run dsv reproduce")
+
+
+def test_unknown_preset_and_preset_without_a_run_are_one_sentence(checkout: Path) -> None:
+    with pytest.raises(RequestError, match="unknown preset 'quik'; did you mean 'quick'"):
+        build.build_site("quik")
+    with pytest.raises(DsvError, match="no complete run of preset 'smoke' to show; run dsv"):
+        build.build_site("smoke")
+    assert not (checkout / "build" / "site").exists()
+
+
+@pytest.fixture
+def built(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What Sphinx was given, by path; the fake writes one page."""
+    seen: dict[str, str] = {}
+
+    def sphinx(work: Path) -> None:
+        source, extra, html = work / "source", work / "extra", work / "html"
+        for path in sorted(p for p in source.rglob("*") if p.is_file()):
+            seen[str(path.relative_to(source))] = path.read_text(encoding="utf-8")
+        for path in sorted(p for p in extra.rglob("*") if p.is_file()):
+            seen[f"extra/{path.relative_to(extra)}"] = ""
+        html.mkdir(parents=True)
+        (html / "index.html").write_text("new")
+
+    monkeypatch.setattr(build, "_sphinx", sphinx)
+    monkeypatch.setattr(build, "claim_rows", lambda preset: ROWS)
+    return seen
+
+
+def test_build_writes_every_page_and_copies_what_they_link_to(
+    checkout: Path, built: dict[str, str]
+) -> None:
+    publish()
+    publish("02_more")
+    publish(preset="smoke")
+    assert set(read_presets()) == {"quick", "smoke"}
+    said: list[str] = []
+    html = build.build_site("quick", echo=said.append)
+    assert (html / "index.html").read_text() == "new"
+    assert said[-1].startswith("1 pages in ")
+    pages_made = {"index.md", "claims.md", "exercises.md", "api/index.rst"}
+    assert pages_made | {"notebooks/01_line.ipynb"} <= set(built)
+    assert "wall/smoke.md" not in built, "a smoke run is no result"
+    assert {
+        "extra/figures/quick/01_line/line_one.png",
+        "extra/notebooks/01_line.ipynb",
+    } <= set(built)
+    for name in ("01_line", "02_more"):  # the first is on top, and not on the wall once more
+        assert built["index.md"].count(f'src="figures/quick/{name}/line_one.png"') == 1
+    assert built["index.md"].index("01_line/line_one.png") < built["index.md"].index("What holds")
+    assert "notebooks/01_line" in built["index.md"]
+    assert "badge-quick" in built["notebooks/01_line.ipynb"]
+    assert not [text for text in built.values() if str(checkout) in text]
+
+
+def test_failed_build_leaves_the_old_site(
+    checkout: Path, built: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish()
+    html = build.build_site("quick", echo=lambda _: None)
+    (html / "index.html").write_text("old")
+
+    def fails(*_: object) -> None:
+        raise DsvError("no")
+
+    monkeypatch.setattr(build, "_sphinx", fails)
+    with pytest.raises(DsvError, match="no"):
+        build.build_site("quick", echo=lambda _: None)
+    assert (html / "index.html").read_text() == "old"
+    assert [path.name for path in html.parent.iterdir()] == ["html"]
+
+
+def test_what_a_killed_build_left_is_removed(checkout: Path, built: dict[str, str]) -> None:
+    publish()
+    (checkout / "build" / "site" / "work-99999999").mkdir(parents=True)  # above any process id
+    html = build.build_site("quick", echo=lambda _: None)
+    assert [path.name for path in html.parent.iterdir()] == ["html"]
+
+
+def test_folder_that_cannot_be_written_is_one_sentence(
+    checkout: Path, built: dict[str, str]
+) -> None:
+    publish()
+    (checkout / "build").write_text("a file in the way")
+    with pytest.raises(DsvError, match=r"cannot write to .*site: .*; free space or make it"):
+        build.build_site("quick", echo=lambda _: None)
+
+
+def test_other_scales_get_a_wall_and_a_ledger(checkout: Path, built: dict[str, str]) -> None:
+    publish()
+    publish(preset="cifar10")
+    write_presets(checkout, cifar10={})
+    build.build_site("quick", echo=lambda _: None)
+    page = built["wall/cifar10.md"]
+    assert 'src="../figures/cifar10/01_line/line_one.png"' in page
+    assert 'href="../notebooks/01_line.html"' in page
+    assert "k-1" in page
+    assert "Figures: cifar10 <wall/cifar10>" in built["index.md"]
+
+
+def test_broken_run_is_said_and_the_others_are_shown(checkout: Path, built: dict[str, str]) -> None:
+    publish()
+    (publish("02_other") / "line_one.png").unlink()
+    said: list[str] = []
+    build.build_site("quick", echo=said.append)
+    assert "02_other" in said[0]
+    assert "line_one.png is missing" in said[0]
+    assert "No complete run" in built["index.md"]
+    assert "extra/figures/quick/02_other/line_one.csv" not in built
