@@ -72,7 +72,7 @@ def test_loading_leaves_global_randomness_alone(tmp_path):
 
 
 def test_shipped_name_is_looked_up(tmp_path, monkeypatch):
-    for module in ("checkpoints", "files"):
+    for module in ("classifiers.files", "_files"):
         monkeypatch.setattr(f"dsvlib.{module}.checkpoints_folder", lambda: tmp_path)
     monkeypatch.setattr("dsvlib._files.opened_checkpoints", set())
     monkeypatch.chdir(tmp_path.parent)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import candidates, delicate
 from torch import Tensor, nn
 
+from companion.recipes import equal_multipliers
 from dsvlib import SupportSet, TrainConfig, accuracy, residuals, train
 from dsvlib._schedule import learning_rate_factor
 from dsvlib.augmentation import AugmentationConfig

@@ -430,11 +430,11 @@ def reference() -> dict[str, str]:
 def public_names() -> dict[str, list[str]]:
     """Return the public names of dsvlib by the module that defines them, as its stub lists them."""
     stub = Path(dsvlib.__file__).with_suffix(".pyi")
-    return {
-        str(node.module): [alias.name for alias in node.names]
-        for node in ast.parse(stub.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ImportFrom)
-    }
+    homes: dict[str, list[str]] = {}
+    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            homes.setdefault(str(node.module), []).extend(alias.name for alias in node.names)
+    return homes
 
 
 def _heading(text: str, line: str) -> str:
