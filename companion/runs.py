@@ -94,7 +94,8 @@ def code_cells(notebook: Path) -> list[str]:
 def result_sources() -> list[Path]:
     """Return the sources that can change a result, sorted: the method, and little beside it."""
     beside = (Path(__file__).parent / name for name in BESIDE_THE_METHOD)
-    return sorted([*_files.PACKAGE.rglob("*.py"), *beside])
+    method = (path for path in _files.PACKAGE.rglob("*.py") if path.name != "cli.py")
+    return sorted([*method, *beside])
 
 
 def library_digest() -> str:

@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsvlib._errors import RequestError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,7 +26,7 @@ def repository_root() -> Path:
     """Return the checkout that holds this package, whatever the working directory is."""
     root = checkout()
     if root is None:
-        raise RequestError("expected a checkout of the repository; clone it and run this there")
+        raise FileNotFoundError("expected a checkout of the repository; clone it, run this there")
     return root
 
 
