@@ -355,7 +355,7 @@ def _synthesis_config(dataset: str, steps: int | None) -> Any:
 
     changes: dict[str, Any] = {} if steps is None else {"steps": steps}
     if dataset == "digits":
-        return SynthesisConfig(**changes)
+        return SynthesisConfig.digits(**changes)
     return SynthesisConfig.photographs(**changes)
 
 
