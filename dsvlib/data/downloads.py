@@ -74,8 +74,10 @@ def verify(name: str, root: Path) -> tuple[bool, str]:
     if name == "digits":
         return True, "bundled with scikit-learn"
     if name in FOLDERS or name.startswith("folder:"):
+        from dsvlib.data.folders import part_folder
+
         folder = Path(name.removeprefix("folder:")) if ":" in name else root / name
-        if not (folder / "train").is_dir() or not (folder / "test").is_dir():
+        if not all(part_folder(folder, part).is_dir() for part in ("train", "test")):
             return False, f"expected {folder}/train/<class>/* and {folder}/test/<class>/*"
         count, listing = folder_digest(folder)
         return True, f"{count} files, sha256 of the listing {listing}"
