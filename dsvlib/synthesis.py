@@ -195,6 +195,7 @@ def synthesize(
     on_step: Callable[[Step], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
+    keep_checkpoint: bool = False,
 ) -> Solution:
     """Make one deep support vector per label from noise, or from `init` (DSV Algorithm 1).
 
@@ -219,8 +220,9 @@ def synthesize(
         Called after every step with a `Step`; an exception from it stops the run.
     checkpoint
         File that keeps the state of the run, written whole every `checkpoint_every` steps and
-        removed at the end. Where it is there, the same call goes on from it, to the same result
-        to the last bit (on the same machine); `on_step` sees only the steps still to do.
+        removed at the end unless `keep_checkpoint`. Where it is there, the same call goes on from
+        it, to the same result to the last bit (on the same machine); `on_step` sees only the steps
+        still to do.
 
     Raises ValueError or TypeError for labels, shapes, starts or bounds that do not fit, for a model
     without second derivatives (naming the layer), and for a checkpoint of another run. A run that
@@ -262,7 +264,7 @@ def synthesize(
         residuals=residuals(model, samples, params=params),
         config=config,
     )
-    if keeper is not None:
+    if keeper is not None and not keep_checkpoint:
         keeper.remove()
     return solution
 
