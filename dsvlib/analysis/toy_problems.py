@@ -70,9 +70,9 @@ def linear_layer(weight: np.ndarray | Tensor, bias: np.ndarray | Tensor | None =
         raise ValueError(f"weight: expected shape [K, d], got {list(weight.shape)}")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None).double()
     with torch.no_grad():
-        layer.weight.copy_(torch.as_tensor(weight))
+        layer.weight.copy_(torch.asarray(weight, copy=True))
         if bias is not None:
-            layer.bias.copy_(torch.as_tensor(bias))
+            layer.bias.copy_(torch.asarray(bias, copy=True))
     return layer
 
 
