@@ -246,7 +246,7 @@ def synthesize(
     limits = check_bounds(bounds, size, theta)
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     rates = (config.learning_rate, config.multiplier_learning_rate)
-    state = State(x, multipliers, labels, generator, rates, config.betas)
+    state = State(_inside(x, limits), multipliers, labels, generator, rates, config.betas)
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(
