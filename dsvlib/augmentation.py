@@ -106,6 +106,10 @@ class Draw(NamedTuple):
     noise: Tensor | None  # [m, C, H, W], added
     fill: float = 0.0  # value of pixels from outside the image
 
+    def rows(self, part: slice) -> Draw:
+        """Return the numbers of the images at `part`."""
+        return Draw(*(v[part] if isinstance(v, Tensor) else v for v in self))
+
 
 def draw(
     config: AugmentationConfig,
