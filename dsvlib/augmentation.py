@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,8 @@ class Draw(NamedTuple):
 
     def rows(self, part: slice) -> Draw:
         """Return the numbers of the images at `part`."""
-        return Draw(*(v[part] if isinstance(v, Tensor) else v for v in self))
+        drawn: dict[str, Any] = {k: v for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**{name: value[part] for name, value in drawn.items()})
 
 
 def draw(

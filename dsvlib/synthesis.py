@@ -385,7 +385,8 @@ class TotalLoss:
         """
         count = len(x)
         measure, distances = self._measure(x, multipliers, labels, numbers)
-        slopes, terms = [], {}
+        terms: dict[str, Tensor] = {}
+        slopes = []
         for part in self._parts(count):
             leaves = [value.detach()[part].requires_grad_() for value in (x, multipliers)]
             weights = self.in_sum(leaves[1], count)
