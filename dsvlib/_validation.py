@@ -159,7 +159,7 @@ def check_bounds(
     """
     if bounds is None:
         return None
-    low, high = (torch.as_tensor(b).to(like) for b in bounds)
+    low, high = (torch.as_tensor(b, dtype=like.dtype, device=like.device) for b in bounds)
     for name, bound in (("low", low), ("high", high)):
         check_finite(f"bounds {name}", bound)
         if bound.ndim > 1 or bound.numel() not in (1, shape[0]):

@@ -109,14 +109,15 @@ def evaluate(
         Makes a fresh network, e.g. ``lambda: build_model("convnet", num_classes=10, shape=shape)``;
         called once per seed with torch's global generator seeded and afterwards restored.
     seeds
-        One network each; a seed fixes the initial weights, the batches and the augmentation.
+        One network each; a seed fixes the initial weights and, from a stream of their own, the
+        batches and the augmentation.
 
     Raises ValueError where the labels do not fit the network or no seed is given.
     """
     config = config or EvaluationConfig()
     target = as_labels(test.labels)
     check_same_length(test_inputs=len(check_inputs(test.inputs)), test_labels=len(target))
-    target = target.argmax(dim=1) if target.is_floating_point() else target
+    target = (target.argmax(dim=1) if target.is_floating_point() else target).cpu()
     accuracies, rows = [], []
     for seed in seeds:
         with torch.random.fork_rng():
@@ -126,9 +127,8 @@ def evaluate(
         for labels in (samples.labels, as_labels(test.labels)):
             check_label_range(labels, outputs)
         logits_of(network, test.inputs[:1])  # a wrong shape is told before the training
-        generator = torch.Generator().manual_seed(seed)
-        train(network, samples, config=config.training, generator=generator)
-        right = (predict(logits_of(network, test.inputs)).cpu() == target.cpu()).float()
+        train(network, samples, config=config.training, generator=_batch_stream(seed))
+        right = (predict(logits_of(network, test.inputs)).cpu() == target).float()
         accuracies.append(right.mean())
         rows += [
             {"seed": seed, "class": int(label), "accuracy": float(right[target == label].mean())}
@@ -137,3 +137,9 @@ def evaluate(
     if not accuracies:
         raise ValueError("seeds: expected at least one seed, got none; pass e.g. range(5)")
     return Evaluation(torch.stack(accuracies), pd.DataFrame(rows))
+
+
+def _batch_stream(seed: int) -> torch.Generator:
+    """Return a generator of its own: the stream of `seed` itself has drawn the weights."""
+    parent = torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=parent)))

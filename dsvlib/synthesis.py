@@ -36,11 +36,19 @@ from dsvlib._validation import (
     check_number,
 )
 from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
-from dsvlib.conditions import Conditions, Terms, primal_loss, residuals
-from dsvlib.distance import DISTANCES, Distance, best_scale
+from dsvlib.conditions import (
+    DISTANCES,
+    Distance,
+    best_scale,
+    distance,
+    image_variation,
+    primal_loss,
+    residuals,
+    squared_norm,
+)
 from dsvlib.frozen import evaluation_mode
-from dsvlib.logits import entropy, is_feasible
-from dsvlib.priors import image_variation, squared_norm
+from dsvlib.gradients import FrozenClassifier, flatten
+from dsvlib.logits import LossFn, entropy, is_feasible
 from dsvlib.solution import Solution, Status
 from dsvlib.support_set import SupportSet
 
@@ -191,6 +199,8 @@ def synthesize(
     init: Tensor | None = None,
     bounds: tuple[Tensor, Tensor] | tuple[float, float] | None = None,
     params: Mapping[str, Tensor] | None = None,
+    loss_fn: LossFn | None = None,
+    batch_size: int | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[Step], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -214,6 +224,12 @@ def synthesize(
         every step. `Dataset.bounds` fits.
     params
         Parameters in the stationarity sum, a subset of ``dict(model.named_parameters())``.
+    loss_fn
+        ``loss_fn(logits, labels) -> [n]``, one loss per sample without reduction; default:
+        cross-entropy.
+    batch_size
+        Samples that are differentiated at a time; default: all. It bounds memory and changes the
+        result by rounding only, for about half as much time again.
     generator
         CPU generator for the start and the augmentation; default: a fresh one with seed 0.
     on_step
@@ -230,30 +246,32 @@ def synthesize(
     """
     config = config or SynthesisConfig()
     check_count("checkpoint_every", checkpoint_every)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     generator = generator or torch.Generator().manual_seed(0)
     started = generator.get_state()
-    conditions = Conditions(model, params=params)
-    theta = conditions.flat_theta
+    classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
+    theta = classifier.flat_theta
     labels = as_labels(labels).to(theta.device)
     size = tuple(int(side) for side in shape)
     x = _start(init, len(labels), size, generator).to(theta)
     limits = check_bounds(bounds, size, theta)
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     rates = (config.learning_rate, config.multiplier_learning_rate)
-    state = State(x, multipliers, labels, generator, rates, config.betas)
+    state = State(_inside(x, limits), multipliers, labels, generator, rates, config.betas)
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(
             checkpoint,
             every=checkpoint_every,
-            model={**model.state_dict(), **{f"θ {k}": v for k, v in conditions.theta.items()}},
-            config=config,
+            model={**model.state_dict(), **{f"θ {k}": v for k, v in classifier.theta.items()}},
+            config=(config, batch_size),
             labels=labels,
             bounds=limits,
             start=(x, started),
         )
         keeper.read_into(state)
-    loss = TotalLoss(conditions, config, size)
+    loss = TotalLoss(classifier, config, size, batch_size)
     with evaluation_mode(model), torch.enable_grad():
         status = _optimise(loss, state, plan(config, size), limits, on_step, keeper)
         samples = loss.samples(state)
@@ -261,7 +279,9 @@ def synthesize(
         samples=samples,
         status=status,
         history=pd.DataFrame(state.rows),
-        residuals=residuals(model, samples, params=params),
+        residuals=residuals(
+            model, samples, params=params, loss_fn=loss_fn, batch_size=batch_size or 1000
+        ),
         config=config,
     )
     if keeper is not None and not keep_checkpoint:
@@ -311,53 +331,127 @@ def plan(config: SynthesisConfig, shape: tuple[int, ...]) -> list[Stage]:
     return stages
 
 
+PLAIN, AUGMENTED = "", "augmented_"  # how the names of the terms of X and of A(X) begin
+Measure = Callable[[str, Tensor], Tensor]  # D of one of them: (view, Σ λᵢ ∇_θ Lᵢ) → number
+
+
 @dataclass(frozen=True)
 class TotalLoss:
     """L_total of one classifier: a pure function of X, Λ, labels and a draw of A."""
 
-    conditions: Conditions
+    classifier: FrozenClassifier
     config: SynthesisConfig
     shape: tuple[int, ...]  # of one sample, as the model reads it
+    batch_size: int | None = None
 
-    def __call__(
-        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None
+    def terms(
+        self, x: Tensor, weights: Tensor, labels: Tensor, numbers: Draw | None, measure: Measure
     ) -> dict[str, Tensor]:
-        """Return ``"total"``, its unweighted terms and what else the history tells, by name."""
-        config, x = self.config, self.full_size(x)
-        weights = multipliers / len(x) if config.reduction == "mean" else multipliers
-        plain = self._kkt(x, weights, labels)
-        terms = {
-            "stationarity": plain.stationarity,
-            "primal": plain.primal,
-            "feasible": is_feasible(plain.logits, labels).to(x.dtype).mean(),
-            "entropy": entropy(plain.logits.detach()).mean(),
-            "multiplier_sum": multipliers.sum(),
-            "active": (multipliers > 0).to(x.dtype).mean(),
-        }
-        total = self._weighted(plain)
-        if numbers is not None:
-            augmented = self._kkt(apply(x, numbers), weights, labels)
-            total = total + config.augmented_weight * self._weighted(augmented)
-            terms["augmented_stationarity"] = augmented.stationarity
-            terms["augmented_primal"] = augmented.primal
-        if config.tv_weight and x.ndim == 4:
-            terms["tv"] = image_variation(x).mean() / x[0].numel()
-            total = total + config.tv_weight * terms["tv"]
-        if config.norm_weight and x.ndim == 4:
-            terms["norm"] = squared_norm(x, config.norm_target).mean()
-            total = total + config.norm_weight * terms["norm"]
-        return {"total": total} | terms
+        """Return the terms of L_total by name, unweighted, and what else the history tells.
 
-    def _kkt(self, x: Tensor, weights: Tensor, labels: Tensor) -> Terms:
-        if self.config.stationarity_weight:
-            return self.conditions.terms(x, labels, weights, self.config.distance)
-        # no parameter gradient is needed then, nor its derivative
-        losses, logits = self.conditions.losses(x, labels)
-        return Terms(losses.new_zeros(()), primal_loss(losses, logits, labels), logits)
+        `weights` are those of the samples in the sum g = Σ λᵢ ∇_θ Lᵢ; `measure(view, g)` is D.
+        """
+        terms = {}
+        for view, seen in self._views(x, numbers).items():
+            losses, logits = self.classifier.losses(seen, labels)
+            terms[f"{view}stationarity"] = losses.new_zeros(())
+            if self.config.stationarity_weight:  # else no derivative in θ is needed
+                gradient = flatten(self.classifier.gradient(losses, weights))
+                terms[f"{view}stationarity"] = measure(view, gradient)
+            terms[f"{view}primal"] = primal_loss(losses, logits, labels)
+            if view == PLAIN:
+                terms["feasible"] = is_feasible(logits, labels).to(x.dtype).mean()
+                terms["entropy"] = _entropy(logits.detach()).mean()
+                if self.config.tv_weight and x.ndim == 4:
+                    terms["tv"] = image_variation(seen).mean() / seen[0].numel()
+                if self.config.norm_weight and x.ndim == 4:
+                    terms["norm"] = squared_norm(seen, self.config.norm_target).mean()
+        return terms
 
-    def _weighted(self, terms: Terms) -> Tensor:
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return L_total (Eq. 9) from its terms."""
         config = self.config
-        return config.stationarity_weight * terms.stationarity + config.primal_weight * terms.primal
+        kkt = {"stationarity": config.stationarity_weight, "primal": config.primal_weight}
+        augmented = {f"{AUGMENTED}{k}": config.augmented_weight * w for k, w in kkt.items()}
+        weights = kkt | augmented | {"tv": config.tv_weight, "norm": config.norm_weight}
+        return torch.stack([w * terms[k] for k, w in weights.items() if k in terms]).sum()
+
+    def differentiate(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None, *, check: bool
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return the terms with ``"total"``, and the slopes of L_total in X and Λ.
+
+        In batches the result is the same: a first sweep finds g and the slope of D there, a second
+        one has ⟨slope, g_batch⟩ for D(g), whose derivatives in the samples are the same. With
+        `check`, a model that cannot be differentiated is told from one that can.
+        """
+        count = len(x)
+        measure, distances = self._measure(x, multipliers, labels, numbers)
+        terms: dict[str, Tensor] = {}
+        slopes = []
+        for part in self._parts(count):
+            leaves = [value.detach()[part].requires_grad_() for value in (x, multipliers)]
+            weights = self.in_sum(leaves[1], count)
+            drawn = None if numbers is None else numbers.rows(part)
+            own = self.terms(leaves[0], weights, labels[part], drawn, measure)
+            share = len(leaves[0]) / count  # all terms but the sum over samples are means
+            own = {k: v if k.endswith("stationarity") else share * v for k, v in own.items()}
+            slopes.append(self._slopes(own, leaves, check=check))
+            terms = {k: v.detach() + terms.get(k, 0.0) for k, v in own.items()}
+        terms |= distances
+        terms["multiplier_sum"] = self.in_sum(multipliers.detach(), count).sum()
+        terms["active"] = (multipliers > 0).to(x.dtype).mean()
+        return {"total": self.total(terms)} | terms, [
+            torch.cat(p) for p in zip(*slopes, strict=True)
+        ]
+
+    def _slopes(
+        self, terms: dict[str, Tensor], leaves: list[Tensor], *, check: bool
+    ) -> list[Tensor]:
+        total = self.total(terms)
+        try:
+            if check:
+                _check_reads(terms["primal"], leaves[0])
+                check_not_severed(total)
+            return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            inputs = self.full_size(leaves[0].detach())
+            raise ValueError(explain_failure(self.classifier.model, inputs, error)) from error
+
+    def _measure(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None
+    ) -> tuple[Measure, dict[str, Tensor]]:
+        """Return D as a function of (view, g), or in batches its linear part, with D's values."""
+        theta, kind = self.classifier.flat_theta, self.config.distance
+        if len(self._parts(len(x))) == 1 or not self.config.stationarity_weight:
+            return lambda _, gradient: distance(theta, gradient, kind), {}
+        values, slopes = {}, {}
+        for view, gradient in self.gradients(x, multipliers, labels, numbers).items():
+            leaf = gradient.requires_grad_()
+            value = distance(theta, leaf, kind)
+            slopes[view] = torch.autograd.grad(value, leaf)[0]
+            values[f"{view}stationarity"] = value.detach()
+        return lambda view, gradient: slopes[view] @ gradient, values
+
+    def gradients(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None = None
+    ) -> dict[str, Tensor]:
+        """Return g = Σ λᵢ ∇_θ Lᵢ of each view, [P], batch by batch, without a graph."""
+        weights = self.in_sum(multipliers.detach(), len(x))
+        sums: dict[str, Tensor] = {}
+        for part in self._parts(len(x)):
+            drawn = None if numbers is None else numbers.rows(part)
+            for view, seen in self._views(x.detach()[part], drawn).items():
+                losses, _ = self.classifier.losses(seen, labels[part])
+                own = self.classifier.gradient(losses, weights[part], differentiable=False)
+                sums[view] = flatten(own) + sums.get(view, 0.0)
+        return sums
+
+    def in_sum(self, multipliers: Tensor, count: int) -> Tensor:
+        """Return the weights of samples in Σ λᵢ ∇_θ Lᵢ: λ, or λ/n where L is averaged."""
+        return multipliers / count if self.config.reduction == "mean" else multipliers
 
     def full_size(self, x: Tensor) -> Tensor:
         """Return X at the size that the model reads."""
@@ -367,32 +461,47 @@ class TotalLoss:
 
     def seen(self, state: State, total: Tensor) -> Step:
         """Return what `on_step` gets."""
-        x, multipliers = self.full_size(state.x.detach()).clone(), state.multipliers.detach()
-        return Step(state.step, x, multipliers.clone(), float(total.detach()))
+        weights = self.in_sum(state.multipliers.detach(), len(state.x))
+        return Step(
+            state.step, self.full_size(state.x.detach()).clone(), weights.clone(), float(total)
+        )
 
     def samples(self, state: State) -> SupportSet:
         """Return X and Λ, under the cosine with the scale that fits θ best: D is blind to it."""
         x, multipliers = self.full_size(state.x.detach()), state.multipliers.detach()
+        weights = self.in_sum(multipliers, len(x))
         if self.config.distance == "cosine" and self.config.stationarity_weight:
-            losses, _ = self.conditions.losses(x, state.labels)
-            parts = self.conditions.gradient(losses, multipliers, differentiable=False)
-            gradient = torch.cat([part.reshape(-1) for part in parts])
-            scale = best_scale(self.conditions.flat_theta, gradient)
+            gradient = self.gradients(x, multipliers, state.labels)[PLAIN]
+            scale = best_scale(self.classifier.flat_theta, gradient)
             if 0 < scale < float("inf"):
-                multipliers = multipliers * scale
-        return SupportSet(x, state.labels, multipliers)
+                weights = weights * scale
+        return SupportSet(x, state.labels, weights)
 
-    def slopes(self, total: Tensor, x: Tensor, multipliers: Tensor, *, first: bool) -> list[Tensor]:
-        """Return ∂L_total/∂X and ∂L_total/∂Λ; the `first` time, check that they are whole."""
-        try:
-            if first:
-                check_not_severed(total)
-            return list(torch.autograd.grad(total, [x, multipliers], materialize_grads=True))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            inputs = self.full_size(x.detach())
-            raise ValueError(explain_failure(self.conditions.model, inputs, error)) from error
+    def _views(self, x: Tensor, numbers: Draw | None) -> dict[str, Tensor]:
+        """Return X and, where A was drawn, A(X), at full size, by what their terms begin with."""
+        x = self.full_size(x)
+        return {PLAIN: x} if numbers is None else {PLAIN: x, AUGMENTED: apply(x, numbers)}
+
+    def _parts(self, count: int) -> list[slice]:
+        size = self.batch_size or count
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _check_reads(loss: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless a loss of the logits depends on X, as far as PyTorch recorded it."""
+    (slope,) = torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)
+    if slope is None:
+        raise ValueError(
+            "model: expected logits with a derivative in the inputs, got some that do not depend "
+            "on them; leave torch.no_grad, detach and NumPy out of the model's forward"
+        )
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of each sample, [n]; one logit is the score of class 1 against 0."""
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return entropy(logits)
 
 
 def _optimise(
@@ -411,8 +520,9 @@ def _optimise(
             state.enter(index, _inside(_resized(state.x, stage.size), limits))
         for local in progress_bar(range(state.local, stage.steps), "synthesis"):
             numbers = _draw(stage, loss.shape, state)
-            terms = loss(state.x, state.multipliers, state.labels, numbers)
-            slopes = loss.slopes(terms["total"], state.x, state.multipliers, first=not local)
+            terms, slopes = loss.differentiate(
+                state.x, state.multipliers, state.labels, numbers, check=not state.step
+            )
             if not _finite(terms["total"], *slopes):
                 state.go_back()
                 return Status.NON_FINITE

@@ -172,7 +172,7 @@ def test_interval_over_eight_classifiers_covers_what_it_says():
     rng, true, hits = np.random.default_rng(0), 0.5, []
     draws = rng.standard_normal((2, 20_000, 10))
     each = _correlation(draws[0], true * draws[0] + np.sqrt(1 - true**2) * draws[1], -1)
-    for row in range(1000):  # the mean of ρ over classifiers, from eight of them
+    for row in range(2000):  # the mean of ρ over classifiers, from eight of them
         x = draws[0, 8 * row : 8 * row + 8]
         y = true * x + np.sqrt(1 - true**2) * draws[1, 8 * row : 8 * row + 8]
         found = pearson(x, y)
