@@ -65,8 +65,10 @@ def rank(
         for _ in range(views):
             seen = augment(found.inputs, augmentation, generator=generator)
             robustness -= found.classifier.losses(seen, found.labels)[0].cpu().double() / views
-        size = found.theta.norm() * found.weighted_sum(multipliers).norm()
-        share = -multipliers * found.directional(found.theta) / size.clamp(min=1e-30)
+        pull = found.weighted_sum(multipliers)
+        share = -multipliers * found.directional(found.theta)
+        size = float(found.theta.norm()) * float(pull.cpu().double().norm())
+        share = share / size if size > 0 else torch.zeros_like(share)
     table = pd.DataFrame(
         {
             "label": samples.hard_labels.tolist(),
