@@ -23,8 +23,7 @@ from dsvlib._validation import (
     check_same_length,
 )
 from dsvlib.classifiers.architectures import embed
-from dsvlib.classifiers.training import Labelled
-from dsvlib.data.datasets import Dataset
+from dsvlib.data.datasets import AnySplit, Dataset, as_split
 from dsvlib.frozen import device_of, evaluation_mode
 from dsvlib.support_set import SupportSet
 
@@ -41,7 +40,7 @@ def select(samples: SupportSet, per_class: int) -> SupportSet:
 
 
 def random_subset(
-    split: Labelled | Dataset, per_class: int, *, generator: torch.Generator | None = None
+    split: AnySplit | Dataset, per_class: int, *, generator: torch.Generator | None = None
 ) -> SupportSet:
     """Return `per_class` samples of each class, drawn without replacement.
 
@@ -56,7 +55,7 @@ def random_subset(
 
 
 def class_means(
-    split: Labelled | Dataset, per_class: int = 1, *, generator: torch.Generator | None = None
+    split: AnySplit | Dataset, per_class: int = 1, *, generator: torch.Generator | None = None
 ) -> SupportSet:
     """Return the mean image of each class.
 
@@ -79,7 +78,7 @@ def class_means(
 
 
 def herding(
-    split: Labelled | Dataset,
+    split: AnySplit | Dataset,
     per_class: int,
     *,
     features: Tensor | None = None,
@@ -122,7 +121,7 @@ def herding(
 
 
 def k_center(
-    split: Labelled | Dataset,
+    split: AnySplit | Dataset,
     per_class: int,
     *,
     features: Tensor | None = None,
@@ -149,7 +148,7 @@ def k_center(
     return _choose(samples, per_class, cover)
 
 
-def forgetting(split: Labelled | Dataset, per_class: int, *, hits: Tensor) -> SupportSet:
+def forgetting(split: AnySplit | Dataset, per_class: int, *, hits: Tensor) -> SupportSet:
     """Return the most forgettable samples of each class (Toneva et al. 2019).
 
     `hits` [T, n] says in which of T epochs each sample was classified right; `HitRecorder` takes it
@@ -210,12 +209,12 @@ class HitRecorder:
         return torch.stack(self._epochs)
 
 
-def _as_set(split: Labelled | Dataset) -> SupportSet:
+def _as_set(split: AnySplit | Dataset) -> SupportSet:
     """Return the samples of a split, or of a data set's training part, with hard labels and λ = 1.
 
     A data set passes on its class names and normalisation, and so does a `SupportSet`.
     """
-    part = split.train if isinstance(split, Dataset) else split
+    part = split.train if isinstance(split, Dataset) else as_split(split)
     inputs, labels = check_inputs(part.inputs), as_labels(part.labels)
     check_same_length(inputs=len(inputs), labels=len(labels))
     if labels.is_floating_point():

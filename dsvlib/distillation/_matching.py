@@ -22,8 +22,7 @@ from dsvlib._validation import (
 )
 from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
 from dsvlib.classifiers.architectures import build_model
-from dsvlib.classifiers.training import Labelled
-from dsvlib.data.datasets import Split
+from dsvlib.data.datasets import AnySplit, Split, as_split
 from dsvlib.frozen import evaluation_mode, read_logits
 from dsvlib.solution import Status
 from dsvlib.support_set import SupportSet
@@ -79,7 +78,7 @@ class MatchingConfig:
             check_count("shot", self.shot)
 
 
-def seen_images(split: Labelled, shot: int | None, *, generator: torch.Generator) -> Split:
+def seen_images(split: AnySplit, shot: int | None, *, generator: torch.Generator) -> Split:
     """Draw the `shot` real images per class that a method may see, ordered by class.
 
     `match_gradients` and `match_distributions` draw exactly these from a generator in the same
@@ -88,6 +87,7 @@ def seen_images(split: Labelled, shot: int | None, *, generator: torch.Generator
 
     Raises ValueError where a class between 0 and the highest label has none or fewer than `shot`.
     """
+    split = as_split(split)
     labels = as_labels(split.labels)
     if labels.is_floating_point():
         raise ValueError(
@@ -116,7 +116,7 @@ class Matching:
 
     def __init__(
         self,
-        split: Labelled,
+        split: AnySplit,
         per_class: int,
         config: MatchingConfig,
         bounds: Bounds | None,

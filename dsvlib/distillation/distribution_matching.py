@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from dsvlib._validation import check_choice, check_number
 from dsvlib.augmentation import DSA, AugmentationConfig
 from dsvlib.classifiers.architectures import embed
-from dsvlib.classifiers.training import Labelled
 from dsvlib.conditions import DISTANCES, Conditions, Distance, residuals
+from dsvlib.data.datasets import AnySplit
 from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig
 from dsvlib.frozen import evaluation_mode
 from dsvlib.solution import Solution
@@ -58,7 +58,7 @@ class DistributionMatchingConfig(MatchingConfig):
 
 
 def match_distributions(
-    split: Labelled,
+    split: AnySplit,
     *,
     per_class: int,
     config: DistributionMatchingConfig | None = None,

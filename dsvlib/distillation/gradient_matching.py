@@ -19,7 +19,8 @@ from torch.func import grad, vmap
 
 from dsvlib._validation import check_count, check_number
 from dsvlib.augmentation import DSA
-from dsvlib.classifiers.training import Labelled, TrainConfig, train
+from dsvlib.classifiers.training import TrainConfig, train
+from dsvlib.data.datasets import AnySplit
 from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig
 from dsvlib.frozen import evaluation_mode, read_logits
 from dsvlib.solution import Solution
@@ -65,7 +66,7 @@ class GradientMatchingConfig(MatchingConfig):
 
 
 def match_gradients(
-    split: Labelled,
+    split: AnySplit,
     *,
     per_class: int,
     config: GradientMatchingConfig | None = None,
