@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dsvlib._files import foreign_content
 from dsvlib._validation import suggestion
 from dsvlib.classifiers.files import check_state, load_classifier
-from dsvlib.frozen import evaluation_mode
+from dsvlib.frozen import evaluation_mode, read_logits
 
 TORCHVISION = "torchvision:"
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")  # of a file's dict
@@ -189,27 +189,35 @@ def _numbers(field: str, values: object, kind: Callable[[Any], Any]) -> tuple[An
 
 
 def _count_logits(model: nn.Module, shape: Sequence[int], name: str) -> int:
-    """Return K from one forward pass; buffers that a forward pass changes are put back."""
+    """Return K from one forward pass of two inputs, which leaves the network as it was."""
     like = next(model.parameters(), torch.zeros(()))
     inputs = torch.zeros(2, *shape, device=like.device, dtype=like.dtype)
-    buffers = {key: value.clone() for key, value in model.named_buffers()}
     with evaluation_mode(model), torch.no_grad():
         try:
-            output = model(inputs)
+            return read_logits(model, {}, inputs).shape[1]
+        except (ValueError, TypeError) as error:  # which say what was expected
+            raise ValueError(f"{name}: {error}") from error
         except Exception as error:  # of code that is not ours
             raise ValueError(
                 f"{name}: expected a network that reads inputs of shape {list(inputs.shape)}, got "
-                f"{type(error).__name__}: {error}; give the shape that it was trained with"
+                f"{type(error).__name__}: {error}; mend it, or give the shape that it reads"
             ) from error
-        finally:
-            for key, value in model.named_buffers():
-                value.copy_(buffers.get(key, value))
-    if not isinstance(output, Tensor) or output.shape[:1] != (2,) or output.ndim != 2:
-        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"{name}: expected logits [n, K] for two inputs, got {got}; return them alone"
-        )
-    return output.shape[1]
+
+
+class _Chosen(nn.Module):
+    """A network whose logits are one entry of what it returns."""
+
+    def __init__(self, model: nn.Module, output: int | str | Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits [n, K]."""
+        returned = self.model(inputs)
+        if callable(self.output):
+            return self.output(returned)
+        logits: Tensor = returned[self.output]
+        return logits
 
 
 class _Reading(nn.Module):
@@ -243,6 +251,7 @@ def open_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     shape: Sequence[int] | None = None,
+    output: int | str | Callable[[Any], Tensor] | None = None,
     root: str | os.PathLike[str] | None = None,
 ) -> Classifier:
     """Return a classifier from a file, from torchvision or from code of one's own.
@@ -261,6 +270,9 @@ def open_classifier(
         code) instead of a download.
     classes, mean, std, shape
         As in `Classifier`; needed for one's own network, and replace what is known of the others.
+    output
+        Which entry of what the network returns are the logits, by number or name, or a function of
+        it; default: the output itself, its ``.logits`` or its ``"logits"``.
     root
         A folder in which shipped ones are looked for too.
 
@@ -292,6 +304,8 @@ def open_classifier(
     model = unwrapped(model)
     if weights is not None:
         load_weights(model, weights)
+    if output is not None:
+        model = _Chosen(model, output)
     known |= given
     missing = [key for key in ("classes", "mean", "std", "shape") if key not in known]
     if missing:
