@@ -490,7 +490,7 @@ def test_an_error_of_the_model_itself_keeps_its_words():
             raise RuntimeError("my own bug")
 
     for function in (train, accuracy):
-        with pytest.raises(RuntimeError, match="^my own bug"):
+        with pytest.raises(RuntimeError, match=r"^my own bug"):
             function(Broken(4, 3), problem())
 
 
