@@ -146,6 +146,7 @@ def open_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     shape: Sequence[int] | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> Classifier:
     """Return a classifier from a file, from torchvision or from code of one's own.
 
@@ -162,6 +163,8 @@ def open_classifier(
         code) instead of a download.
     classes, mean, std, shape
         As in `Classifier`; needed for one's own network, and replace what is known of the others.
+    root
+        A folder in which shipped ones are looked for too.
 
     Raises ValueError for an unknown name or weights of another architecture, naming the first key
     that does not fit; FileNotFoundError for a missing file; RuntimeError for a failed download.
@@ -176,7 +179,7 @@ def open_classifier(
     elif ":" in str(source) and not Path(source).exists():
         model, known = _from_code(str(source))(), {"name": str(source)}
     else:
-        model, metadata = load_classifier(source)
+        model, metadata = load_classifier(source, root=root)
         kept = ("classes", "mean", "std", "shape", "dataset")
         known = {key: metadata[key] for key in kept if key in metadata}
         known |= {"name": Path(source).stem}
