@@ -35,11 +35,19 @@ from dsvlib._validation import (
     check_number,
 )
 from dsvlib.augmentation import AugmentationConfig, apply, draw
-from dsvlib.conditions import Conditions, Terms, primal_loss, residuals
-from dsvlib.distance import DISTANCES, Distance, best_scale
+from dsvlib.conditions import (
+    DISTANCES,
+    Conditions,
+    Distance,
+    Terms,
+    best_scale,
+    image_variation,
+    primal_loss,
+    residuals,
+    squared_norm,
+)
 from dsvlib.frozen import evaluation_mode
 from dsvlib.logits import entropy, is_feasible
-from dsvlib.priors import image_variation, squared_norm
 from dsvlib.solution import Solution, Status
 from dsvlib.support_set import SupportSet
 
