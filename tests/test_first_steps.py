@@ -1,4 +1,4 @@
-"""The first commands on a strange machine: the environment, the lock, CI, and one version everywhere.
+"""The first commands on a strange machine: environment, lock, CI, and one version everywhere.
 
 Nothing is installed here: `make` runs in a copy with a stand-in for Python that only writes down
 what it is asked for.
