@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from dsvlib._box_quadratic import Minimum, minimise
+from dsvlib._box_quadratic import minimise
 from dsvlib._progress import progress_bar
 from dsvlib._schedule import learning_rate_factor
 from dsvlib._validation import check_choice, check_count, check_finite, check_number
@@ -191,7 +191,6 @@ def fit_multipliers(
             "init: expected None for method 'nnls', got a tensor; the convex problem has one "
             "optimum wherever it starts, use method='gradient' to start from given multipliers"
         )
-    start = None if init is None else _checked_start(init, len(gradients))
     with evaluation_mode(model):
         logits = gradients.logits()
         entropies = entropy(logits) if logits.shape[1] > 1 else None
@@ -199,7 +198,7 @@ def fit_multipliers(
             fit = _fit_nnls(gradients, entropies, config)
         else:
             generator = generator or torch.Generator().manual_seed(0)
-            fit = _fit_gradient(gradients, entropies, config, start, generator, on_step)
+            fit = _fit_gradient(gradients, entropies, config, init, generator, on_step)
     samples = SupportSet(gradients.inputs, gradients.labels, fit.multipliers)
     return Solution(
         samples=samples,
@@ -218,21 +217,6 @@ class _Fit(NamedTuple):
     status: Status
     rows: list[dict[str, float]]
     certificate: Certificate | None = None
-
-
-def _checked_start(init: Tensor, count: int) -> Tensor:
-    if init.ndim != 1 or len(init) != count:
-        raise ValueError(
-            f"init: expected one multiplier per sample, shape [{count}], got "
-            f"{list(init.shape)}; start from torch.ones({count}) if in doubt"
-        )
-    check_finite("init", init)
-    if bool((init < 0).any()) or not bool(init.any()):
-        raise ValueError(
-            f"init: expected multipliers ≥ 0 and not all 0, got values from {float(init.min()):g} "
-            f"to {float(init.max()):g}; clamp them"
-        )
-    return init
 
 
 def _row(multipliers: Tensor, entropies: Tensor | None, **terms: float) -> dict[str, float]:
@@ -317,16 +301,22 @@ def _start(
     generator: torch.Generator,
 ) -> tuple[float, Tensor]:
     """Return the unit of λ and λ / unit, [n]."""
-    theta = gradients.theta
+    theta, count = gradients.theta, len(gradients)
     if init is not None:
-        start = init.detach().to(theta).clone()
-        unit = float(start.mean())
-        return unit, start / unit
-    ones = torch.ones(len(gradients)).to(theta)
+        check_finite("init", init)
+        if init.shape != (count,) or bool((init < 0).any()) or not bool(init.any()):
+            raise ValueError(
+                f"init: expected one multiplier ≥ 0 per sample, shape [{count}], and not all 0, "
+                f"got {list(init.shape)} from {float(init.min()):g} to {float(init.max()):g}; "
+                f"start from torch.ones({count}) if in doubt"
+            )
+        unit = float(init.detach().mean())
+        return unit, init.detach().to(theta) / unit
+    ones = torch.ones(count).to(theta)
     factor = best_scale(theta, gradients.weighted_sum(ones))
-    unit = factor if factor > 0 and np.isfinite(factor) else 1.0
+    unit = factor if 0 < factor < np.inf else 1.0
     if config.start == "random":
-        return unit, 2 * torch.rand(len(ones), generator=generator).to(theta)
+        return unit, 2 * torch.rand(count, generator=generator).to(theta)
     return unit, ones
 
 
@@ -385,43 +375,9 @@ def _fit_nnls(gradients: SampleGradients, entropies: Tensor | None, config: NNLS
         rest = gradients.theta + gradients.weighted_sum(fitted)
     reduced = np.zeros_like(norms)
     reduced[kept] = minimum.gradient
-    labels = gradients.labels
-    per_sample = pd.DataFrame(
-        {
-            "label": (labels.argmax(dim=1) if labels.ndim == 2 else labels).tolist(),
-            "multiplier": multipliers,
-            "gradient_norm": norms,
-            "contribution": multipliers * norms,
-            "reduced_gradient": reduced,
-        }
-    )
-    certificate = _certificate(
-        minimum,
-        per_sample,
-        # measured apart from the Gram matrix
-        stationarity=float(rest.norm()) / theta_norm,
-        at_bound=float(at_bound.sum() / len(norms)),
-        tolerance=config.tolerance,
-    )
-    if not len(kept):
-        status = Status.NO_GRADIENTS
-    else:
-        status = Status.OPTIMAL if certificate.satisfied else Status.NOT_OPTIMAL
-    row = _row(fitted, entropies, step=1, stationarity=certificate.stationarity)
-    return _Fit(fitted, status, [row], certificate)
-
-
-def _certificate(
-    minimum: Minimum,
-    per_sample: pd.DataFrame,
-    *,
-    stationarity: float,
-    at_bound: float,
-    tolerance: float,
-) -> Certificate:
-    multipliers, spectrum = per_sample["multiplier"], minimum.eigenvalues
-    return Certificate(
-        stationarity=stationarity,
+    labels, values = gradients.labels, minimum.eigenvalues
+    certificate = Certificate(
+        stationarity=float(rest.norm()) / theta_norm,  # measured apart from the Gram matrix
         multiplier_min=float(multipliers.min()),
         multiplier_max=float(multipliers.max()),
         gradient_min=float(min(minimum.gradient[minimum.x == 0], default=0)),
@@ -429,10 +385,23 @@ def _certificate(
         violation=minimum.violation,
         gap=minimum.gap,
         active=float((multipliers > 0).mean()),
-        at_bound=at_bound,
-        rank=len(spectrum),
-        condition=float(spectrum[-1] / spectrum[0]) if len(spectrum) else float("inf"),
+        at_bound=float(at_bound.sum() / len(norms)),
+        rank=len(values),
+        condition=float(values[-1] / values[0]) if len(values) else float("inf"),
         unique=minimum.unique,
-        tolerance=tolerance,
-        per_sample=per_sample,
+        tolerance=config.tolerance,
+        per_sample=pd.DataFrame(
+            {
+                "label": (labels.argmax(dim=1) if labels.ndim == 2 else labels).tolist(),
+                "multiplier": multipliers,
+                "gradient_norm": norms,
+                "contribution": multipliers * norms,
+                "reduced_gradient": reduced,
+            }
+        ),
     )
+    status = Status.OPTIMAL if certificate.satisfied else Status.NOT_OPTIMAL
+    if not len(kept):
+        status = Status.NO_GRADIENTS
+    row = _row(fitted, entropies, step=1, stationarity=certificate.stationarity)
+    return _Fit(fitted, status, [row], certificate)
