@@ -27,9 +27,11 @@ from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import checkout, downloads_folder, file_digest
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
     from dsvlib.classifiers.foreign import Classifier
+    from dsvlib.conditions import Residuals
     from dsvlib.solution import Solution
 
 Register = Callable[[typer.Typer], None]
@@ -181,11 +183,13 @@ def synthesize(
             wanted = opened.labels(labels.split(","))
         except ValueError as error:
             raise RequestError(f"--{error}") from None
+    kinds = dsvlib.SynthesisConfig
+    preset = kinds.digits if opened.dataset == "digits" else kinds.photographs
     solution = dsvlib.synthesize(
         opened.model,
         wanted,
         opened.shape,
-        config=_synthesis_config(opened.dataset, steps),
+        config=preset() if steps is None else preset(steps=steps),
         bounds=opened.bounds,
         generator=torch.Generator().manual_seed(seed),
         checkpoint=checkpoint,
@@ -210,16 +214,6 @@ def numbers(option: str, text: str | None, kind: type) -> list[Any] | None:
         ) from None
 
 
-def _synthesis_config(dataset: str, steps: int | None) -> Any:
-    """Return the defaults for the bundled digits, and the start for photographs for all else."""
-    from dsvlib import SynthesisConfig
-
-    changes: dict[str, Any] = {} if steps is None else {"steps": steps}
-    if dataset == "digits":
-        return SynthesisConfig(**changes)
-    return SynthesisConfig.photographs(**changes)
-
-
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that becomes `target` when all went well and vanishes otherwise."""
@@ -240,19 +234,21 @@ def _write_solution(
     names = [opened.classes[int(label)] for label in samples.labels]
     _draw(folder / "samples.png", samples.images(), names)
     solution.history.to_csv(folder / "history.csv", index=False)
-    residuals = solution.residuals
-    if residuals is not None:
-        lines = ["quantity,parameter,value"]
-        for key in ("stationarity", "cosine", "primal", "dual", "active"):
-            lines.append(f"{key},all,{float(getattr(residuals, key))!r}")
-        for row in residuals.per_layer.to_dict("records"):
-            for key in ("stationarity", "cosine"):
-                lines.append(f"{key},{row['parameter']},{float(row[key])!r}")
-        (folder / "residuals.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if solution.residuals is not None:
+        _table(solution.residuals).to_csv(folder / "residuals.csv", index=False)
     about |= {"steps": int(solution.config.steps)}
     about |= {"samples_sha256": file_digest(folder / "samples.safetensors")}
     text = json.dumps(about, indent=2, ensure_ascii=False)
     (folder / "about.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _table(residuals: Residuals) -> pd.DataFrame:
+    import pandas as pd
+
+    names = ("stationarity", "cosine", "primal", "dual", "active")
+    whole = pd.DataFrame({"quantity": names, "parameter": "all"})
+    whole["value"] = [float(getattr(residuals, name)) for name in names]
+    return pd.concat([whole, residuals.per_layer.melt("parameter", var_name="quantity")])
 
 
 def _draw(path: Path, images: Tensor, names: Sequence[str]) -> None:

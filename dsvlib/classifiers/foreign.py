@@ -269,16 +269,17 @@ def _from_torchvision(
     """Return torchvision's network by name, with class names and normalisation of its weights."""
     from torchvision import models
 
+    found = {architecture: models.get_model_weights(architecture)
+             for architecture in models.list_models(models)}  # fmt: skip
+    families = {weights.__name__: architecture for architecture, weights in found.items()}
     family, _, entry = name.partition(".")
-    by_family = {models.get_model_weights(m).__name__: m for m in models.list_models(models)}
-    architecture = by_family.get(family, family)
-    if architecture not in by_family.values():
-        options = [*by_family.values(), *by_family]
+    architecture = families.get(family, family)
+    if architecture not in found:
         raise ValueError(
             f"torchvision: expected one of its classifiers or weights, got {name!r}"
-            f"{suggestion(name, options)}"
+            f"{suggestion(name, [*found, *families])}"
         )
-    choices = models.get_model_weights(architecture)
+    choices = found[architecture]
     if entry and entry not in choices.__members__:
         raise ValueError(
             f"torchvision: expected {family} with one of {', '.join(choices.__members__)}, got "
