@@ -8,6 +8,7 @@ it gets in the model, children before parents, and the first that fails is named
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,12 +60,13 @@ def _attention(
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ value
 
 
-def _multi_head_attention(
-    *args: Any, need_weights: bool = True, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """``F.multi_head_attention_forward``, which is written out where its weights are asked for."""
-    out, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
-    return out, weights if need_weights else None
+    call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    wanted = call.arguments.get("need_weights", True)
+    call.arguments["need_weights"] = True
+    out, weights = F.multi_head_attention_forward(*call.args, **call.kwargs)
+    return out, weights if wanted else None
 
 
 _REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -128,7 +130,8 @@ def layer_without_second_derivative(model: nn.Module, inputs: Tensor) -> str | N
     finally:
         for handle in handles:
             handle.remove()
-    return next((names[module] for module, *given in seen if not _twice(module, *given)), None)
+    failing = (names[module] for module, args, kwargs in seen if not _twice(module, args, kwargs))
+    return next(failing, None)
 
 
 def _twice(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

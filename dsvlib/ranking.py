@@ -74,8 +74,9 @@ def rank(
             "share": share.tolist(),
         }
     )
-    places = table.groupby("label")[["robustness", "share"]].transform(_places)
-    table["score"] = places @ [1 - share_weight, share_weight]
+    groups = table.groupby("label")
+    firm, pull = (groups[name].transform(_places) for name in ("robustness", "share"))
+    table["score"] = (1 - share_weight) * firm + share_weight * pull
     order = table["score"].rank(method="first", ascending=False)
     table["rank"] = order.groupby(table["label"]).rank(method="first").astype(int)
     return table

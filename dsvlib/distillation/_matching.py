@@ -238,5 +238,7 @@ def _all_finite(*tensors: Tensor) -> bool:
 def _repeat(numbers: Draw, count: int) -> Draw:
     """Return a draw with one row per class as one with a row for each of `count` images."""
     parts = numbers._asdict().items()
-    rows = {k: v.repeat_interleave(count // len(v), 0) for k, v in parts if isinstance(v, Tensor)}
+    rows: dict[str, Any] = {
+        k: v.repeat_interleave(count // len(v), 0) for k, v in parts if isinstance(v, Tensor)
+    }
     return numbers._replace(**rows)
