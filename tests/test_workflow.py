@@ -19,7 +19,7 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
-from checkout import BODY, END, make_checkout, publish, write_notebook, write_presets
+from checkout import BODY, END, make_checkout, publish, publish_at, write_notebook, write_presets
 
 from companion import execution
 from companion import workflow as module
@@ -307,3 +307,47 @@ def _left_over(checkout: Path) -> list[int]:
         if "DSV_RUN_ID" in environment and environment.get("DSV_ROOT") == str(checkout):
             found.append(process.pid)
     return found
+
+
+@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize("moment", ["before", "during", "published", "noting", "after"])
+def test_interrupted_at_any_moment_only_a_finished_run_counts(
+    checkout: Path,
+    papermill: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    committed: bool,
+) -> None:
+    write_notebook(checkout, "02_more", END)
+    first, second = plan()
+    if committed:
+        publish_at(first.recorded)
+        publish_at(second.recorded)
+
+    def act(job: Job, run_id: str) -> None:
+        if job == second and moment == "before":
+            raise KeyboardInterrupt
+        executed(job)  # half of the notebook, as papermill saves it after each cell
+        if job == second and moment == "during":
+            raise KeyboardInterrupt
+        publish(job, run_id)
+        if job == second and moment == "published":
+            raise KeyboardInterrupt
+
+    papermill(act)
+    if moment in ("noting", "after"):
+        real = module.atomic_path
+
+        def dying(path: Path) -> Any:
+            if path == done(second) and moment == "noting":
+                raise KeyboardInterrupt
+            if path.name == "README.md":
+                raise KeyboardInterrupt
+            return real(path)
+
+        monkeypatch.setattr(module, "atomic_path", dying)
+        monkeypatch.setattr("companion.ledger.figure_wall.atomic_path", dying)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(echo=lambda _: None)
+    assert up_to_date(first)
+    assert up_to_date(second) == (moment == "after")
