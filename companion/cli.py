@@ -89,7 +89,7 @@ def run_one(
     if threads is not None and threads < 1:
         raise RequestError(f"--threads: expected a whole number ≥ 1, got {threads}")
     from companion.presets import plan
-    from companion.workflow import run_notebook
+    from companion.workflow import run_job
 
     jobs = plan(preset, only=[name], device=device, data_root=data_root)
     known = {job.repetition: job for job in jobs}
@@ -102,7 +102,7 @@ def run_one(
     job = known[seed]
     flags = [f"--device {device}" if device else "", "--data-root PATH" if data_root else ""]
     run_id = os.environ.get("DSV_RUN_ID")  # of the run that holds this checkout, if there is one
-    if run_notebook(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
+    if run_job(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
         raise DsvError(f"{job.name} failed; the reason is above")
 
 
@@ -132,14 +132,15 @@ def claims(
     scale: Annotated[str, typer.Option("--scale", "--preset", help="quick, cifar10, …")] = (
         "quick"
     ),
+    own: Annotated[
+        bool, typer.Option("--own", help="Of the runs made here, not recorded.")
+    ] = False,
 ) -> None:
-    """Say which claims of the papers hold, from the records; write ledger, results and README."""
-    from companion.ledger.claims import claim_rows, write_claims
-    from companion.ledger.results import write_results
-    from companion.notebooks import refresh_readme
-    from dsvlib._files import repository_root
+    """Say which claims of the papers hold, from the records; nothing is written."""
+    from companion.ledger.claims import claim_rows
+    from companion.runs import own_root
 
-    rows = claim_rows(scale)
+    rows = claim_rows(scale, own_root() if own else None)
     colours = {"reproduced": "green", "partly": "yellow"}
     for row in rows:
         word = typer.style(f"{row.verdict:14}", fg=colours.get(row.verdict, "red"), bold=True)
@@ -148,10 +149,19 @@ def claims(
         typer.echo(f"{'':9} {row.notebook or '–'} · {row.scale} · {row.reason}")
     counts = Counter(row.verdict.value for row in rows)
     typer.echo(", ".join(f"{count} {word}" for word, count in counts.items()))
-    for path in [*write_claims(scale), *write_results(scale)]:
-        typer.echo(os.path.relpath(path, repository_root()))
-    if refresh_readme():
-        typer.echo("README.md")
+
+
+@app.command()
+def record(
+    preset: Preset = "quick",
+    only: Only = None,
+    device: Annotated[str | None, typer.Option(help="That of the run.")] = None,
+    data_root: Annotated[str | None, typer.Option(help="That of the run.")] = None,
+) -> None:
+    """Make this checkout's own runs the recorded ones (maintainers, from a clean commit)."""
+    from companion.recording import record as run
+
+    run(preset, only=only or (), device=device, data_root=data_root, echo=typer.echo)
 
 
 @app.command()
@@ -223,9 +233,9 @@ def doctor(
     import psutil  # type: ignore[import-untyped]
     import torch
 
-    from companion.forecast import data_needed, forecast, total
     from companion.presets import plan
     from companion.runs import repository_root
+    from companion.workflow import data_needed, expected, total, up_to_date
     from dsvlib._files import checkpoints_folder
 
     todo = plan(preset, data_root=None if data_root is None else str(data_root))
@@ -249,10 +259,10 @@ def doctor(
     if free < gib:
         print(f"{'':12} less than 1 GiB free: runs may fail; make clean frees what they left")
     print(f"\nforecast for dsv reproduce --preset {preset} (recorded runs, other machines differ):")
-    expected = forecast(todo)
-    for entry in expected:
-        print(f"{entry.job:32} {entry}")
-    print(f"{'together, one after another':32} {total(expected)}")
+    due = [job for job in todo if not up_to_date(job)]
+    for job in todo:
+        print(f"{job.name:32} {expected(job) if job in due else 'up to date'}")
+    print(f"{'together, one after another':32} {total(map(expected, due))}")
     if not shipped:
         raise DsvError("no shipped classifier found; restore data/checkpoints from the repository")
 

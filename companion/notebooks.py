@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from companion.editions import exercise_problems, student_problems
-from companion.graph import up_to_date
-from companion.ledger.claims import claim_ids, fill_claims
-from companion.ledger.figure_wall import fill_results
+from companion.execution import exclusive
+from companion.ledger.claims import claim_ids
 from companion.presets import notebook_names, plan, read_parameters, read_presets
 from companion.runs import code_cells, digest, library_digest, repository_root
-from companion.workflow import exclusive
+from companion.workflow import up_to_date
 from dsvlib._errors import DsvError
 from dsvlib._files import atomic_path
 
@@ -34,10 +33,8 @@ PRIVATE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|private|mnt|opt|usr|v
 def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[str]:
     """Put the outputs of a preset's run, normalised, into the committed notebooks.
 
-    The README's tables of results are made anew as well.
-
     Returns the names refreshed. Raises DsvError, before writing any, if a notebook has not been run
-    here with the present code (`companion.graph.up_to_date`).
+    here with the present code (`companion.workflow.up_to_date`).
     """
     import nbformat
 
@@ -50,7 +47,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
                 fix = f"run dsv reproduce --preset {preset} --only {job.notebook} --force"
                 raise DsvError(
                     f"{job.notebook}: expected outputs of the present code and of the run that "
-                    f"made the figures, found none in build/{preset}; {fix}"
+                    f"made the figures, found none in build/runs/{preset}; {fix}"
                 )
             target = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
             executed = nbformat.read(job.build(".ipynb"), as_version=4)
@@ -58,24 +55,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
         for target, notebook in ready:
             with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as out:
                 nbformat.write(notebook, out)
-        refresh_readme()
     return [target.stem for target, _ in ready]
-
-
-def refresh_readme() -> bool:
-    """Make the README's tables anew and return whether they had been others."""
-    readme = repository_root() / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    filled = fill_tables(text)
-    if filled != text:
-        with atomic_path(readme) as temporary:
-            temporary.write_text(filled, encoding="utf-8")
-    return filled != text
-
-
-def fill_tables(text: str) -> str:
-    """Return a README with its tables of results and claims made anew from the records."""
-    return fill_claims(fill_results(text))
 
 
 def normalise(executed: Any, source: Path) -> Any:
@@ -151,9 +131,6 @@ def check_notebooks() -> list[str]:
         problems += [f"{name}: {problem}" for problem in _check_notebook(path, notebook)]
     with suppress(DsvError):  # a notebook that cannot be read is listed above
         problems += student_problems()
-    readme = repository_root() / "README.md"
-    if readme.is_file() and (text := readme.read_text(encoding="utf-8")) != fill_tables(text):
-        problems.append("README.md: its results are not those recorded; run dsv notebooks refresh")
     try:
         for preset, content in read_presets().items():
             if not set(notebook_names()) <= set(content["omit"]):

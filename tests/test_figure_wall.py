@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from checkout import make_checkout
+from checkout import make_checkout, whole_run
 from matplotlib.figure import Figure
 
 from companion.ledger.figure_wall import fill_results, summary, write_wall
-from companion.runs import Run
+from companion.runs import Run, figures_root
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(notebook: str) -> Path:
-    run = Run.start(notebook, preset="quick", seed=0)
+    with whole_run(figures_root() / "quick" / notebook):
+        run = Run.start(notebook, preset="quick", seed=0)
     frame = pd.DataFrame({"x": [0, 1]})
     fig = Figure(figsize=(2, 1))
     fig.add_subplot().plot([0, 1])
@@ -33,7 +34,7 @@ def publish(notebook: str) -> Path:
 
 def test_wall_links_pictures_tables_and_values(checkout: Path) -> None:
     publish("01_line")
-    path = write_wall("quick")
+    path = write_wall(figures_root() / "quick")
     assert path == checkout / "figures" / "quick" / "README.md"
     wall = path.read_text()
     assert "![A line (thin) that rises](01_line/line.png)" in wall
@@ -48,7 +49,7 @@ def test_wall_links_pictures_tables_and_values(checkout: Path) -> None:
 def test_run_that_is_not_whole_is_named_and_not_shown() -> None:
     whole, broken = publish("01_line"), publish("02_more")
     (broken / "line.svg").unlink()
-    wall = write_wall("quick").read_text()
+    wall = write_wall(figures_root() / "quick").read_text()
     assert "02_more/line.png" not in wall
     assert "*No complete run: figures of quick/02_more" in wall
     assert "line.svg is missing; run dsv reproduce --preset quick --only 02_more*" in wall

@@ -6,6 +6,7 @@ All are made from the records and sidecars alone (`read_run` checks them); nothi
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from companion.ledger.results import measured, read_run
-from companion.runs import RecordError, figures_root
+from companion.runs import RecordError, figures_root, repository_root
 from dsvlib._files import atomic_path
 
 
@@ -34,9 +35,9 @@ def summary(directories: Iterable[Path]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def write_wall(preset: str) -> Path:
-    """Write ``figures/<preset>/README.md``, a wall of its figures made from the sidecars alone."""
-    folder = figures_root() / preset
+def write_wall(folder: Path) -> Path:
+    """Write the README.md of a preset's folder: a wall of its figures, from the sidecars alone."""
+    preset = folder.name
     parts = [f"# Figures: {preset}", "", f"Made by `dsv reproduce --preset {preset}`.", ""]
     for directory in sorted(p for p in folder.glob("*") if p.is_dir()):
         parts += [f"## {directory.name}", ""]
@@ -49,7 +50,11 @@ def write_wall(preset: str) -> Path:
         for name in sidecars:
             parts += _wall_entry(directory, json.loads((directory / name).read_text("utf-8")))
         if again := record.get("repetitions"):
-            links = [f"[seed {other['seed']}](../../{other['folder']})" for other in again]
+            links = [
+                f"[seed {other['seed']}]"
+                f"({os.path.relpath(repository_root() / other['folder'], folder)})"
+                for other in again
+            ]
             parts += [f"Pictures of seed {record['seed']}, values over the seeds; pictures of the "
                       f"others: {', '.join(links)}.", ""]  # fmt: skip
         if record["values"]:

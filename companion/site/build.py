@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from companion.graph import up_to_date
 from companion.ledger.claims import claim_rows
 from companion.notebooks import normalise
 from companion.presets import notebook_names, plan, read_presets
 from companion.runs import BADGES, RecordError, figures_root, repository_root
 from companion.site import content
+from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError, explain
 
 
