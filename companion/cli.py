@@ -156,7 +156,7 @@ def run_one(
 @notebooks.command()
 def student() -> None:
     """Write the student editions: the committed notebooks without solutions and outputs."""
-    from companion.editions import write_student_copies
+    from companion.notebooks import write_student_copies
 
     for name in write_student_copies():
         print(f"student/{name} written")
@@ -180,10 +180,9 @@ def claims(
         "quick"
     ),
 ) -> None:
-    """Say which claims of the papers hold, from the records; write ledger, results and README."""
+    """Say which claims of the papers hold, from the records; write ledger and results."""
     from companion.ledger.claims import claim_rows, write_claims
     from companion.ledger.results import write_results
-    from companion.notebooks import refresh_readme
     from dsvlib._files import repository_root
 
     rows = claim_rows(scale)
@@ -197,8 +196,6 @@ def claims(
     typer.echo(", ".join(f"{count} {word}" for word, count in counts.items()))
     for path in [*write_claims(scale), *write_results(scale)]:
         typer.echo(os.path.relpath(path, repository_root()))
-    if refresh_readme():
-        typer.echo("README.md")
 
 
 @app.command()
