@@ -89,7 +89,7 @@ def tags_of(c: Any) -> set[str]:
 def test_a_copy_publishes_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkout(tmp_path, monkeypatch)
     setup = student_copy(with_exercise(), "02_double").cells[2].source
-    shown = f"{setup}\nfrom companion.runs import figures_root\nprint(figures_root())"
+    shown = f"{setup}\nfrom companion.runs import hand_root\nprint(hand_root())"
     run = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(tmp_path / "build" / "student")
 
