@@ -90,7 +90,7 @@ def reproduce(
                 end_processes(run_id)
                 for job in stale:
                     _remove_staging(job)
-        write_wall(preset)
+        write_wall(figures_root() / preset)
         if preset != "smoke":  # which is no result
             try:
                 write_claims(preset)
