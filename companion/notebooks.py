@@ -22,11 +22,11 @@ from typing import Any
 
 import yaml
 
-from companion.graph import up_to_date
+from companion.execution import exclusive
 from companion.ledger.claims import claim_ids
 from companion.presets import notebook_names, plan, read_parameters, read_presets
 from companion.runs import code_cells, digest, library_digest, repository_root
-from companion.workflow import exclusive
+from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, explain
 from dsvlib._files import atomic_path
 
@@ -51,7 +51,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
     """Put the outputs of a preset's run, normalised, into the committed notebooks.
 
     Returns the names refreshed. Raises DsvError, before writing any, if a notebook has not been run
-    here with the present code (`companion.graph.up_to_date`).
+    here with the present code (`companion.workflow.up_to_date`).
     """
     import nbformat
 
@@ -64,7 +64,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
                 fix = f"run dsv reproduce --preset {preset} --only {job.notebook} --force"
                 raise DsvError(
                     f"{job.notebook}: expected outputs of the present code and of the run that "
-                    f"made the figures, found none in build/{preset}; {fix}"
+                    f"made the figures, found none in build/runs/{preset}; {fix}"
                 )
             target = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
             executed = nbformat.read(job.build(".ipynb"), as_version=4)

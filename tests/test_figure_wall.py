@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from checkout import make_checkout
+from checkout import make_checkout, whole_run
 from matplotlib.figure import Figure
 
 from companion.ledger.figure_wall import summary, write_wall
-from companion.runs import Run, digest, write_json
+from companion.runs import Run, digest, figures_root, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(notebook: str) -> Path:
-    run = Run.start(notebook, preset="quick", seed=0)
+    with whole_run(figures_root() / "quick" / notebook):
+        run = Run.start(notebook, preset="quick", seed=0)
     frame = pd.DataFrame({"x": [0, 1]})
     fig = Figure(figsize=(2, 1))
     fig.add_subplot().plot([0, 1])
@@ -77,7 +78,7 @@ def test_only_what_is_committed_is_linked() -> None:
 def test_run_that_is_not_whole_is_named_and_not_shown() -> None:
     whole, broken = publish("01_line"), publish("02_more")
     (broken / "line.svg").unlink()
-    wall = write_wall(whole.parent).read_text()
+    wall = write_wall(figures_root() / "quick").read_text()
     assert "02_more/line.png" not in wall
     assert "<em>No complete run: figures of quick/02_more" in wall
     assert "line.svg is missing; run dsv reproduce --preset quick --only 02_more</em>" in wall

@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 import pytest
-from checkout import make_checkout, write_presets
+from checkout import make_checkout, whole_run, write_presets
 from docutils.core import publish_doctree
 from docutils.utils import SystemMessage
 from jinja2 import UndefinedError
@@ -39,9 +39,11 @@ def read_quick() -> list[PublishedRun]:
 
 
 def publish(notebook: str = "01_line", preset: str = "quick", size: Any = (2, 1.5)) -> Path:
-    run = Run.start(
-        notebook, preset=preset, seed=3, parameters={"steps": 5, "why": "<b>"}, data_digest="d" * 64
-    )
+    with whole_run(figures_root() / preset / notebook):
+        parameters = {"steps": 5, "why": "<b>"}
+        run = Run.start(
+            notebook, preset=preset, seed=3, parameters=parameters, data_digest="d" * 64
+        )
     fig = Figure(figsize=size)
     fig.add_subplot().plot([0, 1])
     data = pd.DataFrame({"x": [0, 1]})

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from companion.graph import up_to_date
 from companion.ledger.claims import claim_rows
 from companion.ledger.figure_wall import read_runs
 from companion.notebooks import normalise
@@ -24,6 +23,7 @@ from companion.presets import notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
 from companion.site import content
 from companion.site.render import render
+from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError, explain
 
 

@@ -27,7 +27,7 @@ CHAPTERS = (
      ("support_set", "data.datasets", "classifiers.architectures", "classifiers.files",
       "classifiers.foreign")),
     ("training", "Training", ("classifiers.training",)),
-    ("conditions", "The DeepKKT conditions", ("conditions", "priors", "augmentation", "logits")),
+    ("conditions", "The DeepKKT conditions", ("gradients", "conditions", "augmentation", "logits")),
     ("making", "Making and finding support vectors",
      ("solution", "synthesis", "multipliers", "selection", "distillation")),
     ("judging", "Judging them", ("evaluation",)),
