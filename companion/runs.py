@@ -111,7 +111,8 @@ def code_cells(notebook: Path) -> list[str]:
 def result_sources() -> list[Path]:
     """Return the sources that can change a result, sorted: the method, and little beside it."""
     beside = (Path(__file__).parent / name for name in BESIDE_THE_METHOD)
-    return sorted([*_files.PACKAGE.rglob("*.py"), *beside])
+    method = (path for path in _files.PACKAGE.rglob("*.py") if path.name != "cli.py")
+    return sorted([*method, *beside])
 
 
 def library_digest() -> str:
@@ -141,9 +142,22 @@ def is_current(record: Mapping[str, Any]) -> bool:
     return used == _checkpoint_digests(used)
 
 
+_opened: set[str] = set()  # the shipped classifiers that this process has read
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "dsvlib.load_classifier":
+        path = Path(arguments[0])
+        if path == _files.checkpoint_path(path.stem):
+            _opened.add(path.stem)
+
+
+sys.addaudithook(_note_opened)  # once a process: a hook cannot be taken off
+
+
 def _checkpoints_read() -> dict[str, str]:
     """Return the digests of the shipped classifiers that this process has opened."""
-    return _checkpoint_digests(_files.opened_checkpoints)
+    return _checkpoint_digests(_opened)
 
 
 def _checkpoint_digests(names: Iterable[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from companion import execution
+from companion.data_needs import data_sets
 from companion.execution import (
     cores,
     duration,
@@ -43,8 +44,8 @@ from companion.runs import (
     write_json,
 )
 from dsvlib._errors import DsvError, RequestError, explain
-from dsvlib._files import PACKAGE, atomic_path
-from dsvlib.data.downloads import FOLDERS, archives, data_sets, default_root, folder_digest
+from dsvlib._files import PACKAGE, atomic_path, downloads_folder
+from dsvlib.data.downloads import FOLDERS, archives, folder_digest
 
 
 def done(job: Job) -> Path:
@@ -53,7 +54,7 @@ def done(job: Job) -> Path:
     Its name is the digest of code, parameters and the folders of images that they name; other data
     sets are bundled or come with a published checksum, so that their name is enough.
     """
-    root = Path(job.parameters.get("data_root") or default_root())
+    root = Path(job.parameters.get("data_root") or downloads_folder())
     folders = {
         name: root / name if name in FOLDERS else Path(name.removeprefix("folder:"))
         for name in data_sets(job.parameters)
@@ -285,7 +286,7 @@ def _cores(count: int) -> str:
 def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
     """Return, for every data set that the jobs' parameters name, ``present`` or how to bring it."""
     needed = {}
-    root = data_root or default_root()
+    root = data_root or downloads_folder()
     for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
         if name == "digits":
             needed[name] = "present (bundled)"

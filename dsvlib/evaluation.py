@@ -20,48 +20,49 @@ from dsvlib.logits import predict
 from dsvlib.support_set import SupportSet
 
 
-def _field_training(epochs: int, augmentation: AugmentationConfig | None) -> TrainConfig:
-    return TrainConfig(
-        epochs=epochs,
-        batch_size=256,
-        learning_rate=0.01,
-        momentum=0.9,
-        weight_decay=5e-4,
-        schedule="halfway",
-        augmentation=augmentation,
-        log_every=max(epochs, 1),
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """How networks are retrained; the default is the field's protocol without augmentation."""
 
-    training: TrainConfig = field(default_factory=lambda: _field_training(300, None))
+    training: TrainConfig = field(
+        default_factory=lambda: EvaluationConfig.field_protocol().training
+    )
 
     @classmethod
     def field_protocol(
         cls, *, epochs: int = 300, augmentation: AugmentationConfig | None = None
     ) -> EvaluationConfig:
         """Return the field's protocol: 300 epochs, or 1000 with DSA augmentation."""
-        return cls(training=_field_training(epochs, augmentation))
+        return cls(
+            training=TrainConfig(
+                epochs=epochs,
+                log_every=max(epochs, 1),
+                augmentation=augmentation,
+                batch_size=256,
+                learning_rate=0.01,
+                momentum=0.9,
+                weight_decay=5e-4,
+                schedule="halfway",
+            )
+        )
 
     @classmethod
     def paper_protocol(
         cls, *, epochs: int = 300, augmentation: AugmentationConfig | None = None
     ) -> EvaluationConfig:
         """Return the DSV paper's protocol: Adam at 1e-4, its defaults otherwise."""
-        training = TrainConfig(
-            epochs=epochs,
-            batch_size=256,
-            optimizer="adam",
-            learning_rate=1e-4,
-            weight_decay=0.0,
-            schedule="constant",
-            augmentation=augmentation,
-            log_every=max(epochs, 1),
+        return cls(
+            training=TrainConfig(
+                epochs=epochs,
+                log_every=max(epochs, 1),
+                augmentation=augmentation,
+                batch_size=256,
+                optimizer="adam",
+                learning_rate=1e-4,
+                weight_decay=0.0,
+                schedule="constant",
+            )
         )
-        return cls(training=training)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import pytest
 from checkout import make_checkout
 
 from companion.cli import main
-from companion.editions import (
+from companion.notebooks import (
     exercise_problems,
     launch_links,
     repository_code,

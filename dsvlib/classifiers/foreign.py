@@ -146,6 +146,7 @@ def open_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     shape: Sequence[int] | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> Classifier:
     """Return a classifier from a file, from torchvision or from code of one's own.
 
@@ -162,6 +163,8 @@ def open_classifier(
         code) instead of a download.
     classes, mean, std, shape
         As in `Classifier`; needed for one's own network, and replace what is known of the others.
+    root
+        A folder in which shipped ones are looked for too.
 
     Raises ValueError for an unknown name or weights of another architecture, naming the first key
     that does not fit; FileNotFoundError for a missing file; RuntimeError for a failed download.
@@ -176,7 +179,7 @@ def open_classifier(
     elif ":" in str(source) and not Path(source).exists():
         model, known = _from_code(str(source))(), {"name": str(source)}
     else:
-        model, metadata = load_classifier(source)
+        model, metadata = load_classifier(source, root=root)
         kept = ("classes", "mean", "std", "shape", "dataset")
         known = {key: metadata[key] for key in kept if key in metadata}
         known |= {"name": Path(source).stem}
@@ -266,16 +269,17 @@ def _from_torchvision(
     """Return torchvision's network by name, with class names and normalisation of its weights."""
     from torchvision import models
 
+    found = {architecture: models.get_model_weights(architecture)
+             for architecture in models.list_models(models)}  # fmt: skip
+    families = {weights.__name__: architecture for architecture, weights in found.items()}
     family, _, entry = name.partition(".")
-    by_family = {models.get_model_weights(m).__name__: m for m in models.list_models(models)}
-    architecture = by_family.get(family, family)
-    if architecture not in by_family.values():
-        options = [*by_family.values(), *by_family]
+    architecture = families.get(family, family)
+    if architecture not in found:
         raise ValueError(
             f"torchvision: expected one of its classifiers or weights, got {name!r}"
-            f"{suggestion(name, options)}"
+            f"{suggestion(name, [*found, *families])}"
         )
-    choices = models.get_model_weights(architecture)
+    choices = found[architecture]
     if entry and entry not in choices.__members__:
         raise ValueError(
             f"torchvision: expected {family} with one of {', '.join(choices.__members__)}, got "

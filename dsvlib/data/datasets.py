@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsvlib._files import repository_root
+from dsvlib._files import downloads_folder
 from dsvlib._validation import check_same_length, suggestion
 
 CIFAR10_CLASSES = (
@@ -130,7 +130,7 @@ def load_dataset(
         and checked), ``"cifar10-jpeg"`` and ``"imagenette-64"`` (folders of image files below
         `root`), or ``"folder:PATH"`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``.
     root
-        Where downloads live (default: ``data/downloads`` in the repository).
+        Where downloads live (default: ``data/downloads`` in a checkout, else the cache).
     image_size
         Height and width to resize to.
     limit
@@ -142,7 +142,7 @@ def load_dataset(
     for setting, value in (("image_size", image_size), ("limit", limit)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{setting}: expected a whole number ≥ 1 or None, got {value!r}")
-    folder = Path(root) if root else repository_root() / "data" / "downloads"
+    folder = Path(root) if root else downloads_folder()
     statistics = STATISTICS.get(name)
     if name.startswith("folder:"):
         path = Path(name.removeprefix("folder:"))
