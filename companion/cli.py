@@ -163,7 +163,7 @@ def run_one(
 @notebooks.command()
 def student() -> None:
     """Write the student editions: the committed notebooks without solutions and outputs."""
-    from companion.editions import write_student_copies
+    from companion.notebooks import write_student_copies
 
     for name in write_student_copies():
         print(f"student/{name} written")

@@ -5,6 +5,7 @@ The order of many is Snakemake's (`companion.workflow`).
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -88,22 +89,26 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
         "command": f"dsv reproduce --preset {job.preset} --only {job.notebook} {flags}".strip(),
         "started": time.time(),
     }
-    env = os.environ | {
-        "DSV_RUN_ID": run_id,
-        "DSV_RUN_CONTEXT": json.dumps(context),
-        "DSV_ROOT": str(root),
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        # threads that wait by spinning make a busy machine several times slower
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MPLBACKEND": "agg",
-        "PYTHONHASHSEED": "0",
-        "JUPYTER_PATH": _search_path(_own_kernel(), "JUPYTER_PATH"),
-        # torch warns about its own use of torch.jit; it says nothing about the notebook
-        "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script",
-        # The kernel imports the very dsvlib that started it.
-        "PYTHONPATH": _search_path(PACKAGE.parent, "PYTHONPATH"),
-    }
+    env = (
+        os.environ
+        | usable_home()
+        | {
+            "DSV_RUN_ID": run_id,
+            "DSV_RUN_CONTEXT": json.dumps(context),
+            "DSV_ROOT": str(root),
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            # threads that wait by spinning make a busy machine several times slower
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "MPLBACKEND": "agg",
+            "PYTHONHASHSEED": "0",
+            "JUPYTER_PATH": _search_path(_own_kernel(), "JUPYTER_PATH"),
+            # torch warns about its own use of torch.jit; it says nothing about the notebook
+            "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script",
+            # The kernel imports the very dsvlib that started it.
+            "PYTHONPATH": _search_path(PACKAGE.parent, "PYTHONPATH"),
+        }
+    )
     limit = str(max(1, round(job.timeout_s)))
     arguments = [sys.executable, "-m", "papermill", f"{root}/notebooks/{job.notebook}.ipynb"]
     arguments += [str(output), "-f", str(parameters), "--cwd", str(root / "notebooks")]
@@ -114,6 +119,25 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
             arguments, cwd=root, env=env, stdout=stream, stderr=stream, start_new_session=True
         )
     return _Running(job, run_id, process)
+
+
+def usable_home() -> dict[str, str]:
+    """Return environment variables that stand in for a home that is missing or cannot be written.
+
+    Snakemake, Jupyter and matplotlib each want to write there, and to know the user's name, which
+    under `docker -u` nobody has.
+    """
+    env = {}
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # KeyError before Python 3.13
+        env["LOGNAME"] = f"user-{os.getuid()}"
+    home = Path(os.path.expanduser("~"))  # Path.home() raises without a name
+    if not (home.is_dir() and os.access(home, os.W_OK)):
+        home = repository_root() / "build" / "home"
+        home.mkdir(parents=True, exist_ok=True)
+        env["HOME"] = str(home)
+    return env
 
 
 def _own_kernel() -> Path:

@@ -21,7 +21,15 @@ from typing import Any
 
 from companion import execution
 from companion.data_needs import data_sets
-from companion.execution import cores, duration, end_processes, exclusive, remove_staging, stoppable
+from companion.execution import (
+    cores,
+    duration,
+    end_processes,
+    exclusive,
+    remove_staging,
+    stoppable,
+    usable_home,
+)
 from companion.ledger.comparison import compare_with_recorded
 from companion.ledger.figure_wall import write_wall
 from companion.presets import Job, plan
@@ -182,13 +190,18 @@ def schedule(
     write_json(config, asked)
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile)]
     command += ["--directory", str(root), "--configfile", str(config), "--nolock"]
-    command += ["--cores", str(cores), "--rerun-incomplete", "--keep-going", "--quiet", "all", "--"]
+    command += ["--cores", str(cores), "--rerun-incomplete", "--keep-going"]
+    command += ["--quiet", "host", "progress", "reason", "rules", "--"]  # "all" hides its errors
     command += [os.path.relpath(done(job), root) for job in jobs]
-    env = os.environ | {
-        "DSV_RUN_ID": run_id,
-        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
-        "PYTHONUNBUFFERED": "1",
-    }
+    env = (
+        os.environ
+        | usable_home()
+        | {
+            "DSV_RUN_ID": run_id,
+            "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONUNBUFFERED": "1",
+        }
+    )
     names, ended = {job.name for job in jobs}, set()
     bar = tqdm(total=len(jobs), disable=not sys.stderr.isatty(), leave=False, unit="notebook")
     with log.open("w", encoding="utf-8") as errors, bar:

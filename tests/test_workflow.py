@@ -104,7 +104,7 @@ def test_nothing_to_do_rebuilds_the_wall_only(checkout: Path) -> None:
     said: list[str] = []
     assert reproduce(echo=said.append)
     assert "up to date" in said[0]
-    assert said[1:] == ["figures: build/runs/quick/README.md", "not compared, no recorded run: 01"]
+    assert said[1:] == ["figures: build/runs/quick/index.html", "not compared, no recorded run: 01"]
     assert (checkout / "build" / "runs" / "quick" / "README.md").is_file()
 
 
@@ -234,8 +234,8 @@ def test_kernel_runs_and_publishes(checkout: Path) -> None:
     assert record["parameters"] == {"steps": 2, "rate": 0.1}
     assert record["command"] == "dsv reproduce --preset smoke --only 01_line"
     wall = (checkout / "build" / "runs" / "smoke" / "README.md").read_text()
-    assert "![A straight line that rises](01_line/line.png)" in wall
-    assert "| K1 | steps | 2 | 1 | 7 |" in wall
+    assert '<img src="01_line/line.png" alt="A straight line that rises"' in wall
+    assert "<td>K1</td><td>steps</td><td>2</td><td>1</td><td>7</td>" in wall
     assert list((checkout / "build" / "runs" / ".staging").iterdir()) == []
     assert not _left_over(checkout)
 
