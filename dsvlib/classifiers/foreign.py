@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dsvlib._files import foreign_content
 from dsvlib._validation import suggestion
+from dsvlib.classifiers.architectures import unwrapped
 from dsvlib.classifiers.files import check_state, load_classifier
 from dsvlib.frozen import evaluation_mode, read_logits
 
@@ -142,17 +143,6 @@ class Classifier:
                 f"the classifier has {count} classes"
             )
         return int(name)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network that DataParallel or torch.compile wrapped, which shares its weights."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _class_names(classes: object) -> tuple[str, ...]:
