@@ -201,6 +201,8 @@ def test_reading_images_of_another_size_and_normalisation() -> None:
     other = found.reading(shape=(1, 8, 8), mean=[0.3], std=[0.1])
     torch.testing.assert_close(other((larger - 0.3) / 0.1), wanted)
     assert not other.training
+    with pytest.raises(ValueError, match="divide by 255"):
+        found.reading(shape=(1, 8, 8), mean=[76.5], std=[25.5])
     with pytest.raises(ValueError, match="expected 1 channels, as the classifier reads, got 3"):
         found.reading(shape=(3, 4, 4), mean=[0.3], std=[0.1])
 
@@ -265,6 +267,7 @@ def test_names_that_are_numbers_are_not_mistaken_for_places() -> None:
         ({"mean": [float("nan")]}, ValueError, r"pixels in \[0, 1\]"),
         ({"std": [float("nan")]}, ValueError, "std > 0"),
         ({"mean": 0.5}, TypeError, "mean: expected a list of numbers, got float 0.5"),
+        ({"shape": (1, 4.5, 4)}, TypeError, "shape: expected a list of numbers"),
         ({"std": "1"}, TypeError, "std: expected a list of numbers, got str '1'"),
         ({"shape": (1, 5, 5)}, ValueError, r"the model can read, got \[2, 1, 5, 5\]"),
     ],

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Classifier:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
         object.__setattr__(self, "classes", _class_names(self.classes))
-        for field, kind in (("mean", float), ("std", float), ("shape", int)):
+        for field, kind in (("mean", float), ("std", float), ("shape", index)):
             object.__setattr__(self, field, _numbers(field, getattr(self, field), kind))
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(
@@ -76,11 +77,7 @@ class Classifier:
                 f"std > 0, got mean {self.mean} and std {self.std}; take those that the network "
                 f"was trained with"
             )
-        if not all(value <= 1 for value in (*self.mean, *self.std)):  # a NaN fails it too
-            raise ValueError(
-                f"mean and std: expected those of pixels in [0, 1], got mean {self.mean} and std "
-                f"{self.std}; divide by 255 what was taken of pixels from 0 to 255"
-            )
+        _check_unit_range(self.mean, self.std)
         if not self.classes:
             raise ValueError("classes: expected one name per logit, got none; name the classes")
         logits = _count_logits(self.model, self.shape, self.name or "model")
@@ -109,6 +106,7 @@ class Classifier:
                 f"expected {self.shape[0]} channels, as {self.name or 'the classifier'} reads, got "
                 f"{shape[0]} with {len(mean)} means and {len(std)} stds; convert the images before"
             )
+        _check_unit_range(mean, std)
         return _Reading(self, mean, std).eval()
 
     def labels(self, wanted: Sequence[int | str]) -> Tensor:
@@ -164,6 +162,14 @@ def _class_names(classes: object) -> tuple[str, ...]:
             f"classes: expected a dict with every number from 0 to {len(pairs) - 1}, got none "
             f"for {error}; name the classes in the order of the logits"
         ) from None
+
+
+def _check_unit_range(mean: Sequence[float], std: Sequence[float]) -> None:
+    if not all(value <= 1 for value in (*mean, *std)):  # a NaN fails it too
+        raise ValueError(
+            f"mean and std: expected those of pixels in [0, 1], got mean {mean} and std {std}; "
+            f"divide by 255 what was taken of pixels from 0 to 255"
+        )
 
 
 def _numbers(field: str, values: object, kind: Callable[[Any], Any]) -> tuple[Any, ...]:
