@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Register = Callable[[typer.Typer], None]
 
 INTERRUPTED = "interrupted; figures published earlier are as they were"
-COMPANION = ("reproduce", "claims", "cell", "train", "doctor", "site", "notebooks")
+COMPANION = ("reproduce", "record", "claims", "cell", "train", "doctor", "site", "notebooks")
 
 
 def main(arguments: Sequence[str] | None = None, register: Register | None = None) -> None:
