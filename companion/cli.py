@@ -52,7 +52,8 @@ def reproduce(
     """Run the notebooks of a preset and rebuild its figures."""
     from companion.workflow import reproduce as run
 
-    done = run(preset, only=only or (), jobs=jobs, device=device, data_root=data_root, force=force)
+    asked = {"device": device, "data_root": data_root}
+    done = run(preset, only=only or (), jobs=jobs, **asked, force=force, echo=typer.echo)
     if not done:
         raise DsvError("at least one notebook failed; the reasons are above")
 
@@ -233,9 +234,10 @@ def doctor(
     import psutil  # type: ignore[import-untyped]
     import torch
 
+    from companion.data_needs import data_needed
     from companion.presets import plan
     from companion.runs import repository_root
-    from companion.workflow import data_needed, expected, total, up_to_date
+    from companion.workflow import expected, total, up_to_date
     from dsvlib._files import checkpoints_folder
 
     todo = plan(preset, data_root=None if data_root is None else str(data_root))

@@ -49,7 +49,7 @@ class _Preset(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     description: str = ""
-    timeout_s: float = Field(default=900, gt=0)
+    timeout_s: float = Field(default=3600, gt=0)
     expected_s: _Lines[float] = {}
     omit: _Lines[str] = {}
     repeat: _Lines[Annotated[list[int], BeforeValidator(_seeds)]] = {}
@@ -224,7 +224,7 @@ def plan(
     check_preset(preset, presets)
     chosen, omitted = presets[preset], presets[preset]["omit"]
     names = list(dict.fromkeys(find_notebook(name) for name in only)) or notebook_names()
-    if data_root is not None and not Path(data_root).is_dir():
+    if data_root is not None and not (data_root and Path(data_root).is_dir()):
         raise RequestError(f"--data-root: expected a folder, got {data_root!r}")
     common: dict[str, Any] = {"preset": preset}
     if device is not None:

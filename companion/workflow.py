@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from companion import execution
-from companion.data_needs import data_sets
+from companion.data_needs import check_machine, data_sets
 from companion.execution import (
     cores,
     duration,
@@ -45,7 +46,7 @@ from companion.runs import (
 )
 from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import PACKAGE, atomic_path, downloads_folder
-from dsvlib.data.downloads import FOLDERS, archives, folder_digest
+from dsvlib.data.downloads import FOLDERS, folder_digest
 
 
 def done(job: Job) -> Path:
@@ -124,6 +125,7 @@ def reproduce(
     if jobs < 1:
         raise RequestError(f"--jobs: expected a whole number ≥ 1, got {jobs}")
     todo = plan(preset, only=only, device=device, data_root=data_root)
+    check_machine(todo)
     run_id = uuid.uuid4().hex
     with exclusive(run_id), stoppable():
         _check_writable()
@@ -149,10 +151,11 @@ def reproduce(
 
 def finish(preset: str, jobs: Sequence[Job], *, echo: Callable[[str], object] = print) -> None:
     """Write the page of a preset's own runs, and say how they compare with the recorded ones."""
-    page = write_wall(own_root() / preset)
     whole = {job.notebook: (job.directory, job.recorded) for job in jobs if up_to_date(job)}
+    text = compare_with_recorded(whole, own_root() / preset / "comparison.csv")
+    page = write_wall(own_root() / preset, text)
     echo(f"figures: {os.path.relpath(page, repository_root())}")
-    if text := compare_with_recorded(whole, own_root() / preset / "comparison.csv"):
+    if text:
         echo(text)
 
 
@@ -224,6 +227,8 @@ def schedule(
         if job.name not in ended:
             last = [line.strip() for line in log.read_text().splitlines() if line.strip()]
             reason = last[-1] if last else "no message"
+            if "No space left" in reason:
+                reason += f" (temporary files go to {tempfile.gettempdir()}, which TMPDIR moves)"
             echo(
                 f"{job.name} · FAILED: not started, snakemake ended with status {status}: "
                 f"{reason}; log: {os.path.relpath(log, root)}"
@@ -281,23 +286,3 @@ def total(forecasts: Iterable[Forecast], jobs: int = 1) -> str:
 
 def _cores(count: int) -> str:
     return "1 core" if count == 1 else f"{count} cores"
-
-
-def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
-    """Return, for every data set that the jobs' parameters name, ``present`` or how to bring it."""
-    needed = {}
-    root = data_root or downloads_folder()
-    for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
-        if name == "digits":
-            needed[name] = "present (bundled)"
-        elif name in FOLDERS:
-            there = (root / name / "train").is_dir()
-            fix = f"missing: copy train/<class>/* and test/<class>/* to {root / name}"
-            needed[name] = "present" if there else f"{fix}, or name its folder with --data-root"
-        elif name.startswith("folder:"):
-            path = Path(name.removeprefix("folder:"))
-            needed[name] = "present" if path.is_dir() else f"missing: expected the folder {path}"
-        else:
-            there = all((root / archive.path).is_file() for archive in archives(name))
-            needed[name] = "present" if there else f"missing: dsv data fetch {name} --root {root}"
-    return needed
