@@ -9,6 +9,7 @@ cannot see, that a folder of figures was damaged or a classifier trained anew, `
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -225,14 +226,20 @@ def schedule(
         status = process.wait()
     for job in jobs:
         if job.name not in ended:
-            last = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-            reason = last[-1] if last else "no message"
-            if "No space left" in reason:
-                reason += f" (temporary files go to {tempfile.gettempdir()}, which TMPDIR moves)"
             echo(
                 f"{job.name} · FAILED: not started, snakemake ended with status {status}: "
-                f"{reason}; log: {os.path.relpath(log, root)}"
+                f"{_reason(log.read_text())}; log: {os.path.relpath(log, root)}"
             )
+
+
+def _reason(log: str) -> str:
+    """Return Snakemake's last error: the line that names it, and the two after it."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = [i for i, line in enumerate(lines) if re.match(r"\w*(Error|Exception)\b", line)]
+    reason = " ".join(lines[named[-1] :][:3] if named else lines[-1:]) or "no message"
+    if "No space left" in reason:
+        reason += f" (temporary files go to {tempfile.gettempdir()}, which TMPDIR moves)"
+    return reason
 
 
 @dataclass(frozen=True)

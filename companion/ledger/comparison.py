@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TOLERANCE = 0.05  # of a recorded value without a standard deviation, whose spread nobody measured
-ROUNDING = 1e-6, 1e-9  # relative and absolute: what another order of summation may change
+ROUNDING = 1e-6, 1e-6  # relative and absolute: what another order of summation may change
 TIMES = ("s", "ms")  # units of values that say how fast a machine is
 LINES = 12  # of the printed table
 COLUMNS = ("claim", "quantity", "recorded", "std", "own", "difference", "allowed", "verdict")
@@ -112,7 +112,7 @@ def _report(whole: pd.DataFrame) -> list[str]:
             ],
             here=far.own.map("{:.4g}".format),
             difference=far.difference.map("{:+.2g}".format),
-            of_what_is_allowed=ratio.map("{:.1f}".format),
+            of_what_is_allowed=[f"{r:.1f}" if r < 1000 else "> 1000" for r in ratio[:LINES]],
         )
         lines.append(shown.to_string(index=False))
     return lines + ([f"… and {len(missed) - LINES} more"] if len(missed) > LINES else [])
