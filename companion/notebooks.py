@@ -36,10 +36,6 @@ CLAIM = re.compile(r"\b(?:DSV|PDD|EXT|TEACH)-[A-Z0-9]\w*")
 PROGRESS = re.compile(r"\d%\||\d(it|s)/(s|it)\b|\dit \[")
 PRIVATE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|private|mnt|opt|usr|var|work)/\S+")
 EXERCISE = ("exercise", "solution", "test")
-# A student's own run never takes the place of a published one.
-APART = """from companion.runs import repository_root
-
-os.environ["DSV_FIGURES"] = str(repository_root() / "build" / "student")"""
 FETCH = """import importlib.util
 import os
 import subprocess
@@ -48,9 +44,7 @@ import sys
 if importlib.util.find_spec("dsvlib") is None:  # Colab starts without the repository
     clone = ["git", "clone", "--depth", "1", "https://github.com/OWNER/NAME", "dsvlib-repository"]
     subprocess.run(clone, check=True)
-    sys.path.insert(0, os.path.abspath("dsvlib-repository"))
-
-"""
+    sys.path.insert(0, os.path.abspath("dsvlib-repository"))"""
 
 
 def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[str]:
@@ -238,8 +232,8 @@ def student_copy(notebook: Any, name: str) -> Any:
     """Return the student edition of a notebook called `name`; `notebook` itself is left as it is.
 
     Solutions, outputs and the digests of a run are gone; stubs, tests and hints stay. A line at the
-    top says where the copy comes from; the cell below it keeps its figures apart and, on Colab,
-    fetches the repository.
+    top says where the copy comes from; on Colab the cell below it fetches the repository. What a
+    copy publishes lies apart, as all that is run by hand.
     """
     import nbformat
     from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
@@ -250,8 +244,10 @@ def student_copy(notebook: Any, name: str) -> Any:
     for step in (without, ClearOutputPreprocessor(enabled=True)):
         student, _ = step(student, {})
     about = nbformat.v4.new_markdown_cell(_header(name), id="student-about")
-    apart = nbformat.v4.new_code_cell(_setup(), id="student-setup")
-    student.cells[1:1] = [about, apart]
+    student.cells[1:1] = [about]
+    if repository := repository_code():
+        setup = FETCH.replace("OWNER/NAME", repository)
+        student.cells[2:2] = [nbformat.v4.new_code_cell(setup, id="student-setup")]
     return student
 
 
@@ -263,12 +259,6 @@ def _header(name: str) -> str:
         f"fails until you have; the solutions are in the original."
         + (f"\n>\n> Run it on {badges}." if badges else "")
     )
-
-
-def _setup() -> str:
-    """Return the code that a copy starts with."""
-    repository = repository_code()
-    return (FETCH.replace("OWNER/NAME", repository) if repository else "import os\n\n") + APART
 
 
 def repository_code() -> str:

@@ -74,6 +74,7 @@ class PublishedRun:
     problem: str = ""
     figures: tuple[Entry, ...] = ()
     tables: tuple[Entry, ...] = ()
+    command: str = ""
     seed: int = 0
     values: tuple[tuple[str, ...], ...] = ()  # rows of text
     repetitions: tuple[tuple[int, str], ...] = ()  # seed and address
@@ -99,6 +100,7 @@ def _read(directory: Path, address: str) -> PublishedRun:
         directory.name,
         figures=tuple(entry for entry in entries if entry.sidecar["kind"] == "figure"),
         tables=tuple(entry for entry in entries if entry.sidecar["kind"] != "figure"),
+        command=record["command"],
         seed=record["seed"],
         values=tuple(map(_cells, record["values"])),
         repetitions=tuple(
