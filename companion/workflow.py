@@ -250,26 +250,32 @@ class Forecast:
     seconds: float | None
     threads: int | None
     device: str
+    bound: bool = False  # it will take less: what is known is a larger run
 
     def __str__(self) -> str:
         if self.seconds is None:
             return "unknown: no recorded run"
         cores = "" if self.threads is None else f" on {_cores(self.threads)}"
         gpu = f" ({self.device})" if self.device.startswith("cuda") else ""
-        return f"{duration(self.seconds)}{cores}{gpu}"
+        return f"{'at most ' * self.bound}{duration(self.seconds)}{cores}{gpu}"
 
 
 def expected(job: Job) -> Forecast:
     """Return what the job took in the last run here, else where it was recorded, else at all.
 
-    Where a repetition has no record, that of the run which it repeats stands for it.
+    Where a repetition has no record, that of the run which it repeats stands for it; a smoke run,
+    which nobody records, takes less than a quick one.
     """
     first = replace(job, repetition=None)
-    for directory in (job.directory, job.recorded, first.directory, first.recorded):
+    places = [job.directory, job.recorded, first.directory, first.recorded]
+    if job.preset == "smoke":
+        places.append(replace(first, preset="quick").recorded)
+    for directory in places:
         with suppress(RecordError):
             record = read_record(directory)
             threads, device = record["environment"]["threads"], record["environment"]["device"]
-            return Forecast(job.name, float(record["seconds"]), threads, device)
+            bound = record["preset"] != job.preset
+            return Forecast(job.name, float(record["seconds"]), threads, device, bound)
     return Forecast(job.name, job.expected_s, None, "")
 
 
@@ -284,7 +290,8 @@ def total(forecasts: Iterable[Forecast], jobs: int = 1) -> str:
         return "nothing to run"
     if not known:
         return f"unknown, no recorded run of any of these {len(due)} notebooks"
-    text = f"{duration(sum(known) / len(known) * len(due) / jobs)} for {len(due)} runs"
+    text = "at most " * any(f.bound for f in due)
+    text += f"{duration(sum(known) / len(known) * len(due) / jobs)} for {len(due)} runs"
     if threads := {f.threads for f in due if f.threads}:
         text += f", recorded on {' or '.join(map(_cores, sorted(threads)))}"
     guessed = len(due) - len(known)

@@ -143,6 +143,22 @@ def test_nothing_to_do_rebuilds_the_wall_only(checkout: Path) -> None:
     assert (checkout / "build" / "runs" / "quick" / "README.md").is_file()
 
 
+def test_the_forecast_comes_from_the_nearest_run_that_is_known(checkout: Path) -> None:
+    write_presets(checkout, smoke={}, quick={"repeat": {"01_line": [7]}})
+    (smoke,), (job, again) = plan("smoke"), plan()
+    assert module.total([]) == "nothing to run"
+    assert module.total([module.expected(smoke)]).startswith("unknown, no recorded run")
+    publish_at(job.recorded)
+    known = str(module.expected(job))
+    assert known.startswith("1 min 1")
+    assert str(module.expected(again)) == known, "a repetition takes as long as what it repeats"
+    assert str(module.expected(smoke)) == f"at most {known}"
+    forecasts = [module.Forecast("a", 60, 2, "cpu"), module.Forecast("b", None, None, "")]
+    assert module.total(forecasts, jobs=2) == (
+        "1 min for 2 runs, recorded on 2 cores; 1 without a recorded run count as the others"
+    )
+
+
 @pytest.fixture
 def papermill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Let `act(job, run_id)` stand in for the kernel and `command` for papermill's end.
