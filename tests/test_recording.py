@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from companion import cli, recording
 from companion.ledger.claims import claim_rows
 from companion.ledger.results import results
+from companion.notebooks import refresh_notebooks
 from companion.presets import plan
 from companion.recording import record
 from companion.runs import RecordError, Run, copy_recorded, digest, read_record
-from companion.workflow import finish, up_to_date
-from dsvlib._errors import DsvError
+from companion.workflow import finish, reproduce, up_to_date
+from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import PACKAGE
 
 
@@ -130,6 +131,8 @@ def test_recording_refuses_what_is_not_clean_whole_and_of_this_code(checkout: Pa
     commit(checkout)
     with pytest.raises(DsvError, match="found none"):
         record()
+    with pytest.raises(RequestError, match="a smoke run is no result"):
+        record("smoke")
     assert not (checkout / "figures").exists()
 
 
@@ -196,6 +199,26 @@ def test_a_crafted_record_is_refused_even_with_its_digest_right(
     path.write_text(json.dumps(changed | {"digest": digest(changed)}))
     with pytest.raises(RecordError, match=r"record\.json holds what no run writes"):
         read_record(job.directory)
+
+
+@pytest.mark.slow
+def test_a_real_run_is_recorded_with_its_outputs_and_nothing_is_left_to_do(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "refresh_notebooks", refresh_notebooks)
+    assert reproduce(echo=lambda _: None)
+    assert git(checkout, "status", "--porcelain") == ""
+    record(echo=lambda _: None)
+    changed = {line[3:] for line in git(checkout, "status", "--porcelain", "-uall").splitlines()}
+    assert "notebooks/01_line.ipynb" in changed
+    assert "figures/quick/01_line/line.png" in changed
+    assert "figures/quick/01_line/line.svg" not in changed
+    commit(checkout)
+    said: list[str] = []
+    assert reproduce(echo=said.append)
+    assert "up to date" in said[0], "outputs are no code"
+    assert "1 of 1 recorded values repeated within their spread" in said[-1]
+    assert git(checkout, "status", "--porcelain") == ""
 
 
 @pytest.mark.slow

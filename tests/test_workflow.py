@@ -139,7 +139,7 @@ def test_nothing_to_do_rebuilds_the_wall_only(checkout: Path) -> None:
     said: list[str] = []
     assert reproduce(echo=said.append)
     assert "up to date" in said[0]
-    assert said[1:] == ["figures: build/runs/quick/index.html", "not compared, no recorded run: 01"]
+    assert said[1:] == ["figures: build/runs/quick/index.html", "not compared: 01, no recorded run"]
     assert (checkout / "build" / "runs" / "quick" / "README.md").is_file()
 
 
