@@ -21,7 +21,7 @@ from dsvlib import cli
 from dsvlib._errors import DsvError, RequestError
 
 if TYPE_CHECKING:
-    from companion.presets import Job
+    pass
 
 app = typer.Typer()
 notebooks = typer.Typer(help="Keep the committed notebooks' outputs honest.", no_args_is_help=True)
@@ -57,17 +57,6 @@ def _is_folder(path: str | None) -> str | None:
     return path
 
 
-def _check_data(jobs: Sequence[Job], data_root: str | None) -> None:
-    """Refuse jobs on folders of images none of which is there, before the first one starts."""
-    from companion.workflow import data_needed
-    from dsvlib.data.downloads import FOLDERS
-
-    needed = data_needed(jobs, Path(data_root) if data_root else None)
-    folders = {name: text for name, text in needed.items() if name in FOLDERS}
-    if folders and "present" not in folders.values():
-        raise RequestError("; ".join(f"{name}: {text}" for name, text in folders.items()))
-
-
 Device = Annotated[
     str | None, typer.Option("--device", help="auto, cpu or cuda.", callback=_is_here)
 ]
@@ -97,15 +86,12 @@ def reproduce(
     force: Annotated[bool, typer.Option("--force", help="Run also what is up to date.")] = False,
 ) -> None:
     """Run the notebooks of a preset and rebuild its figures."""
-    from companion.presets import plan
     from companion.workflow import reproduce as run
-    from companion.workflow import up_to_date
 
     if not 1 <= jobs <= MOST:
         raise RequestError(f"--jobs: expected a whole number from 1 to {MOST}, got {jobs}")
-    todo = plan(preset, only=only or (), device=device, data_root=data_root)
-    _check_data([job for job in todo if force or not up_to_date(job)], data_root)
-    done = run(preset, only=only or (), jobs=jobs, device=device, data_root=data_root, force=force)
+    asked = {"device": device, "data_root": data_root}
+    done = run(preset, only=only or (), jobs=jobs, **asked, force=force, echo=typer.echo)
     if not done:
         raise DsvError("at least one notebook failed; the reasons are above")
 
@@ -141,6 +127,7 @@ def run_one(
     """Run one notebook whether it is up to date or not: what a rule of the Snakefile calls."""
     if threads is not None and not 1 <= threads <= MOST:
         raise RequestError(f"--threads: expected a whole number from 1 to {MOST}, got {threads}")
+    from companion.data_needs import check_machine
     from companion.presets import plan
     from companion.workflow import run_job
 
@@ -153,7 +140,7 @@ def run_one(
             "to the preset's 'repeat' in notebooks/presets.yml"
         )
     job = known[seed]
-    _check_data([job], data_root)
+    check_machine([job])
     flags = [f"--device {device}" if device else "", "--data-root PATH" if data_root else ""]
     run_id = os.environ.get("DSV_RUN_ID")  # of the run that holds this checkout, if there is one
     if run_job(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
@@ -289,9 +276,10 @@ def doctor(
     import psutil  # type: ignore[import-untyped]
     import torch
 
+    from companion.data_needs import data_needed
     from companion.presets import plan
     from companion.runs import repository_root
-    from companion.workflow import data_needed, expected, total, up_to_date
+    from companion.workflow import expected, total, up_to_date
     from dsvlib._files import checkpoints_folder
 
     todo = plan(preset, data_root=data_root)
