@@ -2,13 +2,13 @@
 
 Each function takes finished numbers and returns a matplotlib Figure; `write_figure` turns it into
 PNG and SVG whose bytes depend on the numbers alone (no dates, no user settings, a fixed salt).
-Images are [n, C, H, W] in [0, 1], grey (C = 1) or RGB (C = 3).
+Images are [n, C, H, W] in [0, 1], grey (C = 1) or RGB (C = 3). Every text is drawn as it is: a
+class may be called ``$x_$``, which as mathematics would end the drawing.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -50,6 +50,7 @@ def _style() -> Any:  # a dict; matplotlib's stubs want the literal name of each
         "axes.spines.right": False,
         "axes.edgecolor": "#7f7f7f",
         "grid.color": "#e6e6e6",
+        "text.usetex": False,
         "font.family": ["sans-serif"],
         "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so it exists everywhere
         "legend.frameon": False,
@@ -59,6 +60,11 @@ def _style() -> Any:  # a dict; matplotlib's stubs want the literal name of each
         "svg.hashsalt": "dsvlib",
         "savefig.facecolor": "white",
     }
+
+
+def _plain(text: object) -> str:
+    """Return a text in which ``$`` stands for itself, in matplotlib's way of writing it."""
+    return str(text).replace("$", r"\$")
 
 
 def use_style() -> None:
@@ -147,7 +153,7 @@ def _draw_badge(fig: Figure, badge: str) -> Any:
     return fig.text(
         box.x1 / fig.get_figwidth(),
         (box.y0 - 0.12) / fig.get_figheight(),
-        badge,
+        _plain(badge),
         ha="right",
         va="top",
         fontsize=8,
@@ -230,11 +236,11 @@ def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], fl
 
     @cache
     def inches(text: str) -> float:
-        return float(TextPath((0, 0), text, size=size).get_extents().width) / 72
+        return float(TextPath((0, 0), _plain(text), size=size).get_extents().width) / 72
 
     def broken(line: str) -> Iterator[str]:
         start = ""
-        for word in re.findall(r"(?:\$[^$]*\$|\S)+", line):  # a formula is one word
+        for word in line.split():
             if start and inches(f"{start} {word}") > width:
                 yield start
                 start = word
@@ -269,7 +275,7 @@ def _draw_image(
 
 def _say(axes: Axes, x: float, y: float, text: str, **options: Any) -> None:
     defaults: dict[str, Any] = {"ha": "center", "va": "center", "size": 8, "color": INK}
-    axes.text(x, y, text, **(defaults | options))
+    axes.text(x, y, _plain(text), **(defaults | options))
 
 
 def _check_images(images: np.ndarray) -> np.ndarray:
@@ -319,7 +325,7 @@ def curve(
             linestyle=LINES[i % len(LINES)],
             marker=MARKERS[i % len(MARKERS)],
             markevery=max(1, len(at) // 12),  # a marker on every one of 600 steps is a smear
-            label=name,
+            label=_plain(name),
         )
         if np.any(spread > 0):
             axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
@@ -359,8 +365,16 @@ def bar_with_error(
         at = np.arange(len(order)) + (i - (len(groups) - 1) / 2) * width
         mean, spread = points["mean"].to_numpy(float), points["spread"].to_numpy(float)
         hatch = HATCHES[i % len(HATCHES)] if len(groups) > 1 else ""
-        axes.bar(at, mean, width * 0.92, color=COLORS[i % len(COLORS)], label=name, hatch=hatch,
-                 edgecolor="white", linewidth=0)  # fmt: skip
+        axes.bar(
+            at,
+            mean,
+            width * 0.92,
+            color=COLORS[i % len(COLORS)],
+            label=_plain(name),
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0,
+        )
         whiskers = spread > 0
         axes.errorbar(at[whiskers], mean[whiskers], spread[whiskers], fmt="none", ecolor=INK,
                       elinewidth=1.3, capsize=4)  # fmt: skip
@@ -369,7 +383,7 @@ def bar_with_error(
             if np.isfinite(value):
                 axes.annotate(number.format(value), (place, max(top, 0)), (0, 3),
                               textcoords="offset points", ha="center", size=9)  # fmt: skip
-    axes.set_xticks(range(len(order)), [str(category) for category in order])
+    axes.set_xticks(range(len(order)), [_plain(category) for category in order])
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     if limits:
@@ -416,9 +430,9 @@ def _finish(
 ) -> None:
     for name, level in (reference or {}).items():
         axes.axhline(level, color="#5b5b5b", lw=1.2, ls=(0, (4, 2)), zorder=1.5)
-        axes.annotate(name, (1, level), (4, 0), xycoords=("axes fraction", "data"),
+        axes.annotate(_plain(name), (1, level), (4, 0), xycoords=("axes fraction", "data"),
                       textcoords="offset points", va="center", size=9, color="#4d4d4d")  # fmt: skip
-    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(xlabel=_plain(x_label), ylabel=_plain(y_label))
     axes.set_axisbelow(True)
     rows = 0
     if legend:  # between title and axes, where it can hide no data
@@ -433,7 +447,7 @@ def _finish(
             columnspacing=1.6,
         )
     if title:
-        axes.set_title(title, loc="left", weight="bold", size=13, pad=8 + 20 * rows)
+        axes.set_title(_plain(title), loc="left", weight="bold", size=13, pad=8 + 20 * rows)
 
 
 def draw_regions(axes: Axes, scores: np.ndarray, box: float) -> None:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from companion import figures
@@ -88,6 +89,30 @@ def test_pictures_are_small_and_keep_the_colours_of_marks(tmp_path: Path) -> Non
         for color, far in (("white", 0), (figures.COLORS[1], 12 if name == "grid" else 0)):
             wanted = np.round(255 * np.array(mpl.colors.to_rgb(color)))
             assert np.abs(pixels - wanted).max(axis=1).min() <= far, (name, color)
+
+
+@pytest.mark.parametrize(
+    "word", ["$x_$", "a$b", "$\\alpha$", r"\frac{$", "{}%_^", "<b>&\n$1 to $2"]
+)
+def test_every_text_is_drawn_as_it_is(word: str, tmp_path: Path) -> None:
+    """A class, title, legend or badge may be called anything; none of it is mathematics."""
+    options = {"title": word, "x_label": word, "y_label": word, "reference": {word: 0.5}}
+    frame = FRAME.assign(method=word, step=word)
+    drawn = {
+        "grid": figures.image_grid(
+            IMAGES, row_labels=[word], column_labels=[word] * 4, captions=[word] * 4, title=word
+        ),
+        "curve": figures.curve(FRAME.assign(method=word), "step", "loss", "method", **options),
+        "bar": figures.bar_with_error(frame, "step", "loss", "method", **options),
+    }
+    shown = word.replace("\n", " ")
+    for name, fig in drawn.items():
+        fig.draw_without_rendering()
+        texts = [text._preprocess_math(text.get_text()) for text in fig.findobj(Text)]
+        texts = [(" ".join(text.split()), math) for text, math in texts]
+        assert sum(text == shown for text, _ in texts) >= 5, name
+        assert not any(math for text, math in texts if text == shown)
+        write(fig, tmp_path / name, badge=word)
 
 
 def test_image_grid_keeps_the_pixels(tmp_path: Path) -> None:
