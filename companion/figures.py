@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
 from PIL import Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
@@ -33,6 +34,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")
 INK, FAINT, WRONG = "#262626", "#c8c8c8", COLORS[1]
 DPI = 160
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a number readable on a line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -381,9 +383,17 @@ def bar_with_error(
         tops = mean + np.where(whiskers, spread, 0)
         for place, top, value in zip(at, tops, mean, strict=True):
             if np.isfinite(value):
-                axes.annotate(number.format(value), (place, max(top, 0)), (0, 3),
-                              textcoords="offset points", ha="center", size=9)  # fmt: skip
-    axes.set_xticks(range(len(order)), [_plain(category) for category in order])
+                axes.annotate(
+                    number.format(value),
+                    (place, max(top, 0)),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    size=9,
+                    path_effects=HALO,
+                )
+    names, name_size = _fit(map(str, order), 0.85 * (size[0] - 1.2) / len(order), 11)
+    axes.set_xticks(range(len(order)), [_plain(name) for name in names], size=name_size)
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     if limits:
