@@ -53,7 +53,7 @@ BADGES = {
     "paper": "paper scale",
 }
 # Beside dsvlib itself: what lies between a notebook's code and its numbers and pictures.
-BESIDE_THE_METHOD = ("figures.py", "recipes.py", "runs.py")
+BESIDE_THE_METHOD = ("figures.py", "recipes.py", "runs.py", "toy_problems.py")
 
 
 class RecordError(DsvError):

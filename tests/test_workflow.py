@@ -235,7 +235,7 @@ def test_kernel_runs_and_publishes(checkout: Path) -> None:
     assert record["command"] == "dsv reproduce --preset smoke --only 01_line"
     wall = (checkout / "build" / "runs" / "smoke" / "README.md").read_text()
     assert '<img src="01_line/line.png" alt="A straight line that rises"' in wall
-    assert "| K1 | steps | 2 | 1 | 7 |" in wall
+    assert "<td>K1</td><td>steps</td><td>2</td><td>1</td><td>7</td>" in wall
     assert list((checkout / "build" / "runs" / ".staging").iterdir()) == []
     assert not _left_over(checkout)
 
