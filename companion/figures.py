@@ -28,12 +28,13 @@ from PIL.PngImagePlugin import PngInfo
 from dsvlib._files import atomic_path
 
 # Distinct under the common colour-vision deficiencies; each has a contrast of at least 3 on white.
-COLORS = ("#0072b2", "#d55e00", "#00876c", "#a2559c", "#a87700", "#5b5b5b", "#2b2d84", "#c7447c")
+COLORS = ("#0072b2", "#d55e00", "#00876c", "#8a2f7d", "#a87700", "#5b5b5b", "#2b2d84", "#c7447c")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")
 INK, FAINT, WRONG = "#262626", "#c8c8c8", COLORS[1]
 DPI = 160
+SMALLEST = 0.7  # of a text's usual size
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a number readable on a line
 
 P = ParamSpec("P")
@@ -226,23 +227,33 @@ def image_grid(
         _say(axes, column * across + 0.54, -0.05, text, va="bottom", size=head_size)
     if title:
         lift = 0.1 + max((0.06 + 0.17 * (1 + text.count("\n")) for text in heads), default=0)
-        _say(axes, 0.04, -lift / tile, title, ha="left", va="bottom", size=13, weight="bold")
+        (title,), size = _fit((title,), 0.92 * tile * across * columns, 13)  # bold is wider
+        _say(axes, 0.04, -lift / tile, title, ha="left", va="bottom", size=size, weight="bold")
     return fig
 
 
 def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], float]:
     """Return the texts broken at spaces to `width` inches, and a size at which all fit.
 
-    Only a single word that is too long makes all of them smaller, down to what can be read.
+    Only a single word that is too long makes all of them smaller, down to what can be read; one
+    that is longer still is broken.
     """
 
     @cache
     def inches(text: str) -> float:
         return float(TextPath((0, 0), _plain(text), size=size).get_extents().width) / 72
 
+    def pieces(word: str) -> Iterator[str]:
+        while inches(word) > width / SMALLEST and len(word) > 1:
+            end = next(k for k in range(len(word) - 1, 0, -1)
+                       if k == 1 or inches(word[:k]) <= width / SMALLEST)  # fmt: skip
+            yield word[:end]
+            word = word[end:]
+        yield word
+
     def broken(line: str) -> Iterator[str]:
         start = ""
-        for word in line.split():
+        for word in (piece for whole in line.split() for piece in pieces(whole)):
             if start and inches(f"{start} {word}") > width:
                 yield start
                 start = word
@@ -252,7 +263,7 @@ def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], fl
 
     fitted = [[part for line in text.split("\n") for part in broken(line)] for text in texts]
     widest = max((inches(line) for lines in fitted for line in lines if line), default=width)
-    smaller = min(1.0, max(width / widest, 0.7))
+    smaller = min(1.0, max(width / widest, SMALLEST))
     return ["\n".join(lines) for lines in fitted], size * smaller
 
 
@@ -300,24 +311,22 @@ def curve(
     y: str,
     hue: str | None = None,
     *,
-    error: str | None = None,
     reference: Mapping[str, float] | None = None,
     title: str | None = None,
     x_label: str | None = None,
     y_label: str | None = None,
     log_x: bool = False,
-    log_y: bool = False,
     size: tuple[float, float] = (7, 4.2),
 ) -> Figure:
     """Draw `y` over `x`, one line per `hue`, with a band of one standard deviation.
 
-    The band is the column `error`, or comes from rows that share `x` and `hue` (seeds).
+    The band comes from rows that share `x` and `hue` (seeds).
     `reference` draws named horizontal lines, such as chance or the paper's number.
     """
-    _check_columns(frame, x, y, hue, error)
+    _check_columns(frame, x, y, hue)
     fig, axes = _axes(size)
     for i, (name, part) in enumerate(_groups(frame, hue)):
-        points = _summary(part, x, y, error)
+        points = _summary(part, x, y)
         color, spread = COLORS[i % len(COLORS)], points["spread"].to_numpy(float)
         at, mean = points[x].to_numpy(), points["mean"].to_numpy(float)
         axes.plot(
@@ -332,7 +341,6 @@ def curve(
         if np.any(spread > 0):
             axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
     axes.set_xscale("log" if log_x else "linear")
-    axes.set_yscale("log" if log_y else "linear")
     _finish(axes, reference, title, x_label or x, y_label or y, legend=hue)
     return fig
 
@@ -344,7 +352,6 @@ def bar_with_error(
     y: str,
     hue: str | None = None,
     *,
-    error: str | None = None,
     reference: Mapping[str, float] | None = None,
     number: str = "{:.3g}",
     limits: tuple[float, float] | None = None,
@@ -358,12 +365,12 @@ def bar_with_error(
     Deviation and references as in `curve`; the categories keep the order of the frame. `limits`
     are those of the y axis.
     """
-    _check_columns(frame, x, y, hue, error)
+    _check_columns(frame, x, y, hue)
     fig, axes = _axes(size)
     order, groups = list(dict.fromkeys(frame[x])), _groups(frame, hue)
     width = 0.8 / len(groups)
     for i, (name, part) in enumerate(groups):
-        points = _summary(part, x, y, error).set_index(x).reindex(order)
+        points = _summary(part, x, y).set_index(x).reindex(order)
         at = np.arange(len(order)) + (i - (len(groups) - 1) / 2) * width
         mean, spread = points["mean"].to_numpy(float), points["spread"].to_numpy(float)
         hatch = HATCHES[i % len(HATCHES)] if len(groups) > 1 else ""
@@ -422,11 +429,11 @@ def _groups(frame: pd.DataFrame, hue: str | None) -> list[tuple[str, pd.DataFram
     return [(str(name), part) for name, part in frame.groupby(hue, sort=False, observed=True)]
 
 
-def _summary(part: pd.DataFrame, x: str, y: str, error: str | None) -> pd.DataFrame:
-    """Return x, mean and spread: the given error, or the deviation over rows that share x."""
-    grouped = part.groupby(x, sort=False, observed=True)
-    spread = grouped[error].first() if error else grouped[y].std(ddof=1)
-    return pd.DataFrame({"mean": grouped[y].mean(), "spread": spread.fillna(0.0)}).reset_index()
+def _summary(part: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Return x, mean and spread: the deviation over rows that share x."""
+    grouped = part.groupby(x, sort=False, observed=True)[y]
+    spread = grouped.std(ddof=1).fillna(0.0)
+    return pd.DataFrame({"mean": grouped.mean(), "spread": spread}).reset_index()
 
 
 def _finish(
