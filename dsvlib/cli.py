@@ -195,7 +195,7 @@ def synthesize(
         checkpoint=checkpoint,
     )
     if not solution.status.successful:
-        raise DsvError(f"{solution.status} Nothing was written; try fewer steps or another seed")
+        raise DsvError(f"{solution.status} Nothing was written; try fewer steps")
     about = {"status": str(solution.status), "classifier": opened.name, "seed": seed}
     with _new_folder(out) as folder:
         _write_solution(folder, solution, opened, about)

@@ -70,7 +70,7 @@ class FrozenClassifier:
         logits = read_logits(self.model, self.theta, inputs)
         # a loss of one's own may code labels as it likes; labels are checked once, not every step
         if self.loss_fn is cross_entropy and labels is not self._checked:
-            check_label_range(labels, logits.shape[1])
+            check_label_range(as_labels(labels), logits.shape[1])
             self._checked = labels
         losses = self.loss_fn(logits, labels)
         if losses.shape != (len(inputs),):
