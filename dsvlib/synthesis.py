@@ -224,6 +224,7 @@ def synthesize(
     on_step: Callable[[Step], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
+    keep_checkpoint: bool = False,
 ) -> Solution:
     """Make one deep support vector per label from noise, or from `init` (DSV Algorithm 1).
 
@@ -256,8 +257,9 @@ def synthesize(
         Called after every step with a `Step`; an exception from it stops the run.
     checkpoint
         File that keeps the state of the run, written whole every `checkpoint_every` steps and
-        removed at the end. Where it is there, the same call goes on from it, to the same result
-        to the last bit (on the same machine); `on_step` sees only the steps still to do.
+        removed at the end unless `keep_checkpoint`. Where it is there, the same call goes on from
+        it, to the same result to the last bit (on the same machine); `on_step` sees only the steps
+        still to do.
 
     Raises ValueError or TypeError for labels, shapes, starts or bounds that do not fit, for a model
     without second derivatives (naming the layer), one whose logits do not depend on its inputs or
@@ -270,7 +272,6 @@ def synthesize(
         check_count("batch_size", batch_size)
     generator = generator or torch.Generator().manual_seed(0)
     started = generator.get_state()
-    _check_sound(model)
     classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     theta = classifier.flat_theta
     labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
@@ -305,19 +306,9 @@ def synthesize(
         ),
         config=config,
     )
-    if keeper is not None:
+    if keeper is not None and not keep_checkpoint:
         keeper.remove()
     return solution
-
-
-def _check_sound(model: nn.Module) -> None:
-    """Raise ValueError for a parameter that no start and no seed could make up for."""
-    for name, value in model.named_parameters():
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"model: expected finite parameters, got NaN or infinity in {name!r}; load its "
-                f"weights again, or train it with a smaller step"
-            )
 
 
 def _start(
@@ -415,7 +406,7 @@ class TotalLoss:
 
         In batches the result is the same: a first sweep finds g and the slope of D there, a second
         one has ⟨slope, g_batch⟩ for D(g), whose derivatives in the samples are the same. With
-        `check`, a model that cannot be differentiated is told from one that can.
+        `check`, a function that forgets its second derivative is found.
         """
         count = len(x)
         measure, distances = self._measure(x, multipliers, labels, numbers)
@@ -443,7 +434,6 @@ class TotalLoss:
         total = self.total(terms)
         try:
             if check:
-                _check_reads(terms["primal"], leaves[0])
                 check_not_severed(total)
             return list(torch.autograd.grad(total, leaves, materialize_grads=True))
         except torch.OutOfMemoryError:
@@ -515,19 +505,6 @@ class TotalLoss:
     def _parts(self, count: int) -> list[slice]:
         size = self.batch_size or count
         return [slice(start, start + size) for start in range(0, count, size)]
-
-
-def _check_reads(loss: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless a loss of the logits depends on X, as far as PyTorch recorded it."""
-    reads = loss.requires_grad
-    if reads:
-        (slope,) = torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)
-        reads = slope is not None
-    if not reads:
-        raise ValueError(
-            "model: expected logits with a derivative in the inputs, got some that do not depend "
-            "on them; leave torch.no_grad, detach and NumPy out of the model's forward"
-        )
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -373,7 +373,7 @@ class BreaksAfter(nn.Module):
         self.left = calls
 
     def forward(self, logits: Tensor) -> Tensor:
-        self.left -= 1
+        self.left -= len(logits) == len(LABELS)  # calls that look at the model are of other sizes
         return logits if self.left >= 0 else logits * math.nan
 
 
@@ -509,7 +509,9 @@ def test_parameters_that_are_not_finite_are_named():
     model = build("conv")
     with torch.no_grad():
         model[5].weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"finite parameters, got NaN or infinity in '5\.weight'"):
+    with pytest.raises(
+        ValueError, match=r"finite weights, got NaN or infinite ones in '5\.weight'"
+    ):
         run(model)
 
 
@@ -571,8 +573,8 @@ def test_a_batch_is_all_that_the_model_sees_at_once():
     sizes = []
     model = build("conv")
     model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    run(model, list(range(3)) * 5, batch_size=4, config=replace(SHORT, steps=2))
-    assert max(sizes) == 4
+    run(model, list(range(3)) * 7, batch_size=9, config=replace(SHORT, steps=2))
+    assert max(sizes) == 9
     with pytest.raises(ValueError, match="batch_size"):
         run(batch_size=0)
 
