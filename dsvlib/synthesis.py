@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -275,7 +276,7 @@ def synthesize(
     classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     theta = classifier.flat_theta
     labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
-    size = tuple(int(side) for side in shape)
+    size = _as_shape(shape)
     x = _start(init, len(labels), size, generator).to(theta)
     limits = check_bounds(bounds, size, theta)
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
@@ -288,6 +289,7 @@ def synthesize(
             every=checkpoint_every,
             model={**model.state_dict(), **{f"θ {k}": v for k, v in classifier.theta.items()}},
             config=(config, batch_size),
+            loss=getattr(loss_fn, "__qualname__", loss_fn),
             labels=labels,
             bounds=limits,
             start=(x, started),
@@ -309,6 +311,19 @@ def synthesize(
     if keeper is not None and not keep_checkpoint:
         keeper.remove()
     return solution
+
+
+def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        size = tuple(operator.index(side) for side in shape)
+    except TypeError:
+        size = ()
+    if not size or min(size) < 1:
+        raise ValueError(
+            f"shape: expected one sample's shape in whole numbers, as (3, 32, 32), got {shape!r}; "
+            f"the batch dimension is not part of it"
+        )
+    return size
 
 
 def _start(

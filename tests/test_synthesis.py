@@ -591,6 +591,10 @@ def test_a_batch_is_all_that_the_model_sees_at_once():
         ({"labels": [0.5, 0.5]}, ValueError, r"expected soft labels of shape \[n, K\]"),
         ({"labels": torch.ones(2, 3)}, ValueError, "sum to 1, got a row that sums to 3"),
         ({"labels": torch.full((2, 2), 0.5)}, ValueError, "3 classes, got 2 columns"),
+        ({"shape": (2, 4, 4.0)}, ValueError, r"shape: expected one .* got \(2, 4, 4\.0\)"),
+        ({"shape": 16}, ValueError, "shape: expected one sample's shape"),
+        ({"shape": (2, 0, 4)}, ValueError, "shape: expected one sample's shape"),
+        ({"shape": ()}, ValueError, "shape: expected one sample's shape"),
         ({"init": torch.zeros(3, *SHAPE)}, ValueError, r"init: expected shape \[4, 2, 4, 4\]"),
         ({"init": torch.full((4, *SHAPE), math.nan)}, ValueError, "init: expected finite"),
         ({"init": torch.zeros(4, *SHAPE).int()}, TypeError, "init: expected a floating"),
@@ -789,6 +793,7 @@ OTHER = {
     "labels": {"labels": [0, 1, 2, 1]},
     "bounds": {"bounds": (-1.0, 1.0)},
     "start": {"init": torch.zeros(4, *SHAPE)},
+    "loss": {"loss_fn": lambda z, y: nn.functional.cross_entropy(z, y, reduction="none")},
 }
 
 
