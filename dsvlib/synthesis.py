@@ -202,7 +202,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What `on_step` sees after each step: copies, X at full size."""
+    """What `on_step` sees after each step: copies, X at full size, λ as it weighs in the sum."""
 
     number: int
     inputs: Tensor
