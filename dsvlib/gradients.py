@@ -119,7 +119,7 @@ class FrozenClassifier:
         logits = self.logits(inputs)
         # a loss of one's own may code labels as it likes; labels are checked once, not every step
         if self.loss_fn is cross_entropy and labels is not self._checked:
-            check_label_range(labels, logits.shape[1])
+            check_label_range(as_labels(labels), logits.shape[1])
             self._checked = labels
         losses = self.loss_fn(logits, labels.clone())  # it may code them anew in place
         if losses.shape != (len(inputs),):

@@ -1,7 +1,8 @@
 """Small sets chosen from a labelled one: by λ, at random, by geometry or by training history.
 
-All but `select` read a data set or split (x, y) and return, per class in order, `per_class` samples
-with λ = 1; `select` reads samples that hold λ. Figures for them are the controls of DSV Table 1.
+All but `select` read a data set, split, or any torch Dataset of (x, y), and return, per class in
+order, `per_class` samples with λ = 1; `select` reads samples that hold λ. Figures for them are the
+controls of DSV Table 1.
 
 Shapes: inputs [n, …], hard labels int64 [n], features [n, d]; results [K·per_class, …], one class
 after the other. Every class from 0 to the largest label (or of the class names) must be there.

@@ -13,6 +13,8 @@ Shapes: X [n, C, H, W], Λ [n], labels int64 [n] or float [n, K].
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +52,7 @@ from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import FrozenClassifier, flatten
 from dsvlib.logits import LossFn, entropy, is_feasible
 from dsvlib.solution import Solution, Status
-from dsvlib.support_set import SupportSet
+from dsvlib.support_set import SupportSet, as_targets
 
 BLACK = -0.957  # (0 − mean) / std of the bundled digits: the colour of their background
 
@@ -74,7 +76,9 @@ class SynthesisConfig:
         D: ``"cosine"`` (blind to the scale of Λ, which is set at the end to the best one),
         ``"l1"`` or ``"l2"``.
     reduction
-        Whether λᵢ weighs L as a ``"sum"`` (the stationarity equation) or a ``"mean"`` over n.
+        Whether Λ is fitted as it weighs L in a ``"sum"`` (the stationarity equation) or in a
+        ``"mean"`` over n, where rates and starts mean the same for every n. What is returned,
+        logged or shown is always the weight in the sum: λ/n for a mean.
     stationarity_weight, primal_weight, augmented_weight, tv_weight, norm_weight
         α, β1, η, β2, β3. Total variation and squared norm are taken per pixel, averaged over
         samples, so that a weight means the same at every size. α = 0 leaves out stationarity.
@@ -91,7 +95,8 @@ class SynthesisConfig:
         ones by as much less: as many pixels of X's own at every stage, so that a coarse start is
         not shaken apart.
     tolerance
-        Stop when the loss changed by less than this fraction between two logged steps; 0 never.
+        End a resolution when the loss changed by less than this fraction between two logged steps
+        of it, and go on to the next; 0 never.
     log_every
         Steps between rows of the history.
     """
@@ -168,10 +173,25 @@ class SynthesisConfig:
                 f"minimum_multiplier: expected at most initial_multiplier="
                 f"{self.initial_multiplier!r}, got {self.minimum_multiplier!r}; lower it"
             )
-        if not all(0 < fraction <= 1 for fraction in self.resolutions):
+        if not math.isfinite(self.norm_target):
+            raise ValueError(
+                f"norm_target: expected a finite number, got {self.norm_target!r}; 0 is the mean"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"betas: expected Adam's two numbers from 0 to below 1, got {self.betas!r}; "
+                f"(0.9, 0.99) is usual"
+            )
+        if not isinstance(self.augmentation, AugmentationConfig):
+            raise TypeError(
+                f"augmentation: expected an AugmentationConfig, got {self.augmentation!r}; "
+                f"augmented_weight=0 leaves it out"
+            )
+        fractions = self.resolutions if isinstance(self.resolutions, tuple | list) else (None,)
+        if not all(isinstance(f, int | float) and 0 < f <= 1 for f in fractions):
             raise ValueError(
                 f"resolutions: expected fractions of the image side above 0 and up to 1, got "
-                f"{self.resolutions}; e.g. (0.5, 1.0)"
+                f"{self.resolutions!r}; e.g. (0.5, 1.0)"
             )
         if len(self.resolutions) > self.steps:
             raise ValueError(
@@ -182,7 +202,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What `on_step` sees after each step: copies, X at full size."""
+    """What `on_step` sees after each step: copies, X at full size, λ as it weighs in the sum."""
 
     number: int
     inputs: Tensor
@@ -212,9 +232,11 @@ def synthesize(
     Parameters
     ----------
     model
-        A trained classifier; read in evaluation mode and left as it was, also after an error.
+        A trained classifier, [n, *shape] → [n, K]; read in evaluation mode and left as it was, also
+        after an error.
     labels
-        Class numbers [n], or float rows [n, K] that sum to 1 (soft labels).
+        Class numbers [n], or float rows [n, K] that sum to 1 (soft labels); with a `loss_fn` also
+        float rows of zeros and ones, for a network that gives several labels at once.
     shape
         One sample's shape, (C, H, W); (d,) for tabular data, without image terms.
     init
@@ -241,7 +263,8 @@ def synthesize(
         still to do.
 
     Raises ValueError or TypeError for labels, shapes, starts or bounds that do not fit, for a model
-    without second derivatives (naming the layer), and for a checkpoint of another run. A run that
+    without second derivatives (naming the layer), one whose logits do not depend on its inputs or
+    whose parameters are not finite, and for a checkpoint of another run. A run that
     becomes non-finite ends with status `NON_FINITE` and the last finite samples.
     """
     config = config or SynthesisConfig()
@@ -252,8 +275,8 @@ def synthesize(
     started = generator.get_state()
     classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     theta = classifier.flat_theta
-    labels = as_labels(labels).to(theta.device)
-    size = tuple(int(side) for side in shape)
+    labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
+    size = _as_shape(shape)
     x = _start(init, len(labels), size, generator).to(theta)
     limits = check_bounds(bounds, size, theta)
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
@@ -266,14 +289,15 @@ def synthesize(
             every=checkpoint_every,
             model={**model.state_dict(), **{f"θ {k}": v for k, v in classifier.theta.items()}},
             config=(config, batch_size),
+            loss=getattr(loss_fn, "__qualname__", loss_fn),
             labels=labels,
             bounds=limits,
             start=(x, started),
         )
         keeper.read_into(state)
-    loss = TotalLoss(classifier, config, size, batch_size)
+    loss = TotalLoss(classifier, config, size, limits, batch_size)
     with evaluation_mode(model), torch.enable_grad():
-        status = _optimise(loss, state, plan(config, size), limits, on_step, keeper)
+        status = _optimise(loss, state, plan(config, size), on_step, keeper)
         samples = loss.samples(state)
     solution = Solution(
         samples=samples,
@@ -287,6 +311,19 @@ def synthesize(
     if keeper is not None and not keep_checkpoint:
         keeper.remove()
     return solution
+
+
+def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        size = tuple(operator.index(side) for side in shape)
+    except TypeError:
+        size = ()
+    if not size or min(size) < 1:
+        raise ValueError(
+            f"shape: expected one sample's shape in whole numbers, as (3, 32, 32), got {shape!r}; "
+            f"the batch dimension is not part of it"
+        )
+    return size
 
 
 def _start(
@@ -342,6 +379,7 @@ class TotalLoss:
     classifier: FrozenClassifier
     config: SynthesisConfig
     shape: tuple[int, ...]  # of one sample, as the model reads it
+    limits: tuple[Tensor, Tensor] | None = None  # that X is kept inside
     batch_size: int | None = None
 
     def terms(
@@ -383,7 +421,7 @@ class TotalLoss:
 
         In batches the result is the same: a first sweep finds g and the slope of D there, a second
         one has ⟨slope, g_batch⟩ for D(g), whose derivatives in the samples are the same. With
-        `check`, a model that cannot be differentiated is told from one that can.
+        `check`, a function that forgets its second derivative is found.
         """
         count = len(x)
         measure, distances = self._measure(x, multipliers, labels, numbers)
@@ -411,7 +449,6 @@ class TotalLoss:
         total = self.total(terms)
         try:
             if check:
-                _check_reads(terms["primal"], leaves[0])
                 check_not_severed(total)
             return list(torch.autograd.grad(total, leaves, materialize_grads=True))
         except torch.OutOfMemoryError:
@@ -459,19 +496,17 @@ class TotalLoss:
             return x
         return F.interpolate(x, size=self.shape[-2:], mode="bilinear")
 
-    def seen(self, state: State, total: Tensor) -> Step:
-        """Return what `on_step` gets."""
-        weights = self.in_sum(state.multipliers.detach(), len(state.x))
-        return Step(
-            state.step, self.full_size(state.x.detach()).clone(), weights.clone(), float(total)
-        )
+    def shown(self, state: State) -> tuple[Tensor, Tensor]:
+        """Return copies of X, at full size, and of the weights of its samples in the sum."""
+        x = self.full_size(state.x.detach())
+        x = _inside(x, self.limits).clone()  # up-sampling may round beyond them
+        return x, self.in_sum(state.multipliers.detach(), len(x)).clone()
 
     def samples(self, state: State) -> SupportSet:
         """Return X and Λ, under the cosine with the scale that fits θ best: D is blind to it."""
-        x, multipliers = self.full_size(state.x.detach()), state.multipliers.detach()
-        weights = self.in_sum(multipliers, len(x))
+        x, weights = self.shown(state)
         if self.config.distance == "cosine" and self.config.stationarity_weight:
-            gradient = self.gradients(x, multipliers, state.labels)[PLAIN]
+            gradient = self.gradients(x, state.multipliers, state.labels)[PLAIN]
             scale = best_scale(self.classifier.flat_theta, gradient)
             if 0 < scale < float("inf"):
                 weights = weights * scale
@@ -487,16 +522,6 @@ class TotalLoss:
         return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _check_reads(loss: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless a loss of the logits depends on X, as far as PyTorch recorded it."""
-    (slope,) = torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)
-    if slope is None:
-        raise ValueError(
-            "model: expected logits with a derivative in the inputs, got some that do not depend "
-            "on them; leave torch.no_grad, detach and NumPy out of the model's forward"
-        )
-
-
 def _entropy(logits: Tensor) -> Tensor:
     """Return the entropy of each sample, [n]; one logit is the score of class 1 against 0."""
     if logits.shape[1] == 1:
@@ -508,7 +533,6 @@ def _optimise(
     loss: TotalLoss,
     state: State,
     stages: Sequence[Stage],
-    limits: tuple[Tensor, Tensor] | None,
     on_step: Callable[[Step], None] | None,
     keeper: Checkpoint | None,
 ) -> Status:
@@ -517,7 +541,7 @@ def _optimise(
     for index in range(state.stage, len(stages)):
         stage, status = stages[index], Status.ALL_STEPS
         if index > state.stage or not state.step:
-            state.enter(index, _inside(_resized(state.x, stage.size), limits))
+            state.enter(index, _inside(_resized(state.x, stage.size), loss.limits))
         for local in progress_bar(range(state.local, stage.steps), "synthesis"):
             numbers = _draw(stage, loss.shape, state)
             terms, slopes = loss.differentiate(
@@ -530,14 +554,14 @@ def _optimise(
             logged = state.log(terms, every=config.log_every, last=last)
             state.move(slopes, learning_rate_factor(config.schedule, local / stage.steps))
             with torch.no_grad():
-                state.x.copy_(_inside(state.x, limits))
+                state.x.copy_(_inside(state.x, loss.limits))
                 if config.negative_multiplier == "clamp":
                     state.multipliers.clamp_(min=config.minimum_multiplier)
                 elif not state.drop_negative():
                     state.go_back()
                     return Status.NO_CANDIDATES
             if on_step is not None:
-                on_step(loss.seen(state, terms["total"]))
+                on_step(Step(state.step, *loss.shown(state), float(terms["total"])))
             if logged and state.settled(config.tolerance):
                 status = Status.CONVERGED
                 break

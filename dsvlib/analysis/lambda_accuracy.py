@@ -119,7 +119,7 @@ def lambda_accuracy(samples: SupportSet, model: nn.Module, test: AnySplit) -> pd
     logits = logits_of(model, test.inputs).cpu()
     check_logits(logits)
     classes = logits.shape[1]
-    check_label_range(samples.labels, classes)
+    check_label_range(as_labels(samples.labels), classes)
     labels = as_labels(test.labels).cpu()
     check_same_length(inputs=len(logits), labels=len(labels))
     check_label_range(labels, classes)
