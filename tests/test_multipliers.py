@@ -334,6 +334,62 @@ def test_batches_change_nothing(kind, untouched):
         np.testing.assert_allclose(small.history, whole.history, rtol=1e-8)
 
 
+def reference(theta, gradients, config):
+    """The paper's fit in the open: Adam's formulas on λ / unit, D by autograd, G as a matrix."""
+    total = gradients.sum(axis=0)
+    unit = -(total @ theta) / (total @ total)
+    unit = unit if unit > 0 else 1.0
+    scaled = torch.ones(len(gradients)).double()
+    if config.start == "random":
+        scaled = 2 * torch.rand(len(gradients), generator=torch.Generator().manual_seed(0)).double()
+    theta, gradients = torch.tensor(theta), torch.tensor(gradients)
+    first, second = torch.zeros_like(scaled), torch.zeros_like(scaled)
+    alive = torch.ones_like(scaled)
+    path = [unit * scaled]
+    for step in range(config.steps):
+        leaf = scaled.clone().requires_grad_()
+        rest = theta + (unit * leaf) @ gradients
+        value = {
+            "l1": rest.abs().mean(),
+            "l2": rest.square().mean(),
+            "cosine": 1 + theta @ (rest - theta) / theta.norm() / (rest - theta).norm(),
+        }[config.distance]
+        slope = torch.autograd.grad(value, leaf)[0] * alive
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        rate = config.learning_rate
+        if config.schedule == "cosine":
+            rate *= (1 + np.cos(np.pi * step / config.steps)) / 2
+        down = (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-20
+        scaled = scaled - rate * first / (1 - 0.9 ** (step + 1)) / down
+        if config.negative_multiplier == "remove":
+            alive = alive * (scaled >= 0)
+            scaled = scaled * alive
+        scaled = scaled.clamp(min=0)
+        path.append(unit * scaled)
+    return torch.stack(path)
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("rule", ["clamp", "remove"])
+@pytest.mark.parametrize("start", ["equal", "random"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_fit_is_the_one_written_out(kind, rule, start, schedule):
+    model, samples = build("dense"), candidates(12)
+    config = GradientConfig(
+        steps=12,
+        learning_rate=0.3,
+        distance=kind,
+        negative_multiplier=rule,
+        start=start,
+        schedule=schedule,
+    )
+    expected = reference(*sample_gradients(model, samples), config)
+    path = []
+    fit(model, samples, method="gradient", config=config, on_step=lambda _, x: path.append(x))
+    torch.testing.assert_close(torch.stack(path), expected)
+    assert float(expected.min()) == 0 or kind == "l1"  # the rule had something to do
+
+
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("rule", ["clamp", "remove"])
 @pytest.mark.parametrize("start", ["equal", "random"])
