@@ -58,11 +58,13 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
     Gradients of confident samples reach 1e-30, whose squares are 0 in float32: each vector is taken
     in units of its own largest entry.
     """
-    units = [v.detach().abs().max() for v in (first, second)]
-    scaled = [
-        v / torch.where(unit > 0, unit, 1.0) for v, unit in zip((first, second), units, strict=True)
-    ]
-    return F.cosine_similarity(*scaled, dim=0, eps=torch.finfo(first.dtype).tiny)
+    tiny = torch.finfo(first.dtype).tiny
+    return F.cosine_similarity(_in_own_units(first), _in_own_units(second), dim=0, eps=tiny)
+
+
+def _in_own_units(vector: Tensor) -> Tensor:
+    largest = vector.detach().abs().max()
+    return vector / torch.where(largest > 0, largest, 1.0)
 
 
 def best_scale(theta: Tensor, gradient: Tensor) -> float:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dis
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def read_logits(model: nn.Module, theta: Mapping[str, Tensor], inputs: Tensor) -
     state = {name.removeprefix(prefix): value for name, value in theta.items()}
     state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
-        with _eager(), twice_differentiable():
+        with _UNCOMPILED, twice_differentiable():
             output = functional_call(network, state, (inputs.clone(),))
     except torch.OutOfMemoryError:
         raise
@@ -109,12 +110,36 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
     return model, ""
 
 
-def _eager() -> AbstractContextManager[object]:
-    """Run compiled networks uncompiled: compiled code has no second derivative."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+class _Uncompiled:
+    """Run compiled networks uncompiled: compiled code has no second derivative.
+
+    PyTorch has one switch for the process. The first that enters turns it and the last that leaves
+    turns it back, so that overlapping threads leave it as it was.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stance: AbstractContextManager[object] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            # where nothing was compiled, the import would take seconds
+            if self._stance is None and "torch._dynamo" in sys.modules:
+                stance = torch.compiler.set_stance("force_eager")
+                stance.__enter__()
+                self._stance = stance
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_UNCOMPILED = _Uncompiled()
 
 
 def _is_about_shapes(error: Exception) -> bool:

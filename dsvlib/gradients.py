@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from dsvlib._progress import progress_bar
+from dsvlib._second_derivatives import check_not_severed
 from dsvlib._validation import (
     as_labels,
     check_count,
@@ -324,6 +325,7 @@ class SampleGradients:
                     losses, _ = self.classifier.losses(inputs, labels)
                     weights = torch.ones_like(losses, requires_grad=True)
                     total = flatten(self.classifier.gradient(losses, weights))
+                    check_not_severed(total)
                     return torch.autograd.grad(total @ direction, weights)[0]
             except torch.OutOfMemoryError:
                 raise

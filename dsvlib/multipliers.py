@@ -286,6 +286,8 @@ def _fit_gradient(
                 break
             scaled.copy_(torch.zeros_like(scaled).index_copy_(0, kept, scaled[kept]))
         scaled.clamp_(min=0)
+        if config.distance == "cosine" and not bool(scaled.any()):
+            scaled.copy_(multipliers / unit)  # at λ = 0 the cosine has no slope that leads away
     if config.distance == "cosine":
         # D is the same for every scale; this one fits θ best, and 0 where none does
         multipliers = multipliers * max(0.0, best_scale(theta, total))

@@ -77,8 +77,8 @@ def rank(
         }
     )
     groups = table.groupby("label")
-    firm, pull = (groups[name].transform(_places) for name in ("robustness", "share"))
-    table["score"] = (1 - share_weight) * firm + share_weight * pull
+    firm, own = (groups[name].transform(_places) for name in ("robustness", "share"))
+    table["score"] = (1 - share_weight) * firm + share_weight * own
     order = table["score"].rank(method="first", ascending=False)
     table["rank"] = order.groupby(table["label"]).rank(method="first").astype(int)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -222,6 +223,39 @@ def test_data_parallel_and_compiled_networks_are_read_inside(reader, untouched):
             torch.testing.assert_close(found.samples.multipliers, expected.samples.multipliers)
         else:
             assert found.stationarity == pytest.approx(expected.stationarity)
+
+
+def test_compiled_code_is_back_after_overlapping_threads():
+    """PyTorch's switch is one for the process: it has to end where it stood."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    inside, leave = threading.Event(), threading.Event()
+
+    class Waits(Body):
+        def forward(self, inputs: Tensor) -> Any:
+            inside.set()
+            leave.wait(10)
+            return super().forward(inputs)
+
+    torch.compile(Body(), backend="eager")  # loads the compiler
+    waits, samples = Waits().double(), candidates()
+    thread = threading.Thread(target=lambda: weighted_gradient(waits, samples))
+    thread.start()
+    inside.wait(10)
+
+    class LeavesFirst(Body):
+        def forward(self, inputs: Tensor) -> Any:
+            leave.set()
+            thread.join()
+            return super().forward(inputs)
+
+    weighted_gradient(LeavesFirst().double(), samples)
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    assert compiled == [1]
 
 
 def test_parameters_of_a_wrapped_network_go_by_its_names():

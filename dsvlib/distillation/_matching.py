@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -151,15 +150,17 @@ class Matching:
         self.x = start if self.limits is None else start.clamp(*self.limits)
         self.x.requires_grad_()
         self.multipliers = seen.inputs.new_ones(len(self.labels))
-        settings = {"num_classes": len(self.real), "shape": self.shape} | dict(
-            config.network_options
-        )
-        self.build = build or partial(build_model, config.network, **settings)
+        self.build = build or self._named_network
         if build is not None:
             self._try_one()
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.SGD([self.x], config.learning_rate, momentum=config.momentum)
         ]
+
+    def _named_network(self) -> nn.Module:
+        config = self.config
+        classes, options = len(self.real), config.network_options
+        return build_model(config.network, num_classes=classes, shape=self.shape, **options)
 
     def _try_one(self) -> None:
         """Raise where one's own network cannot read the images, or has too few logits."""
