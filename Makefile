@@ -5,35 +5,62 @@ PYTHON ?= python3
 PRESET ?= quick
 ARGS   ?=
 
-BIN   := .venv/bin
-READY := .venv/.ready
-UV    := 0.13.9
+BIN        := .venv/bin
+READY      := .venv/.ready
+UNFINISHED := .venv/.unfinished
+LOWEST     := .venv-lowest
+UV         := 0.13.9
 
-.PHONY: help install test test-slow lint figures site test-site notebooks checkpoints bench lock clean
+.PHONY: help install test test-slow test-lowest lint figures record site test-site notebooks checkpoints bench lock clean
 .DEFAULT_GOAL := help
 
+# An environment that was moved, or whose Python is gone, is not ready, whatever its marker says.
+ifneq ($(wildcard $(READY)),)
+  ifneq ($(shell $(BIN)/python -c 'print(open("$(READY)").read().strip())' 2>/dev/null),$(CURDIR))
+    $(shell rm -f $(READY))
+  endif
+endif
+
 help: ## show these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(READY) ## bring up .venv from the lock
 
-# The marker is written last: an interrupted installation is taken up again, never taken for whole.
+# While .unfinished stands, an installation is under way or was killed: half a package looks whole to
+# every installer, so the next call makes .venv anew. So it does where Python is too old or pip lacks.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  f"expected Python 3.11 or newer, got {sys.version.split()[0]}; run: make PYTHON=python3.12 …")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if test -e $(UNFINISHED) || ! $(BIN)/python -c \
+	    'import sys, pip._internal.cli.main; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  test ! -e .venv || echo "the .venv here is not whole: making it anew …"; \
+	  rm -rf .venv && mkdir .venv && touch $(UNFINISHED) && $(PYTHON) -m venv .venv; \
+	fi
+	@touch $(UNFINISHED)
 	@echo "installing the locked packages into .venv (about two minutes the first time) …"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --requirement requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -c 'import torch, torchvision.ops'
-	@touch $(READY)
+	@echo "$(CURDIR)" > $(READY) && rm $(UNFINISHED)
 
 test: $(READY) ## run the quick tests, the linter and the type checker
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(READY) ## run the tests that take longer
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-lowest: $(LOWEST)/.ready ## run the method's tests with the lowest versions that pyproject.toml admits
+	$(LOWEST)/bin/python -m pytest $(ARGS)
+
+$(LOWEST)/.ready: pyproject.toml | $(READY)
+	@echo "installing the lowest admitted versions into $(LOWEST) …"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	@$(BIN)/uv pip compile --quiet --resolution lowest-direct --python $(BIN)/python pyproject.toml \
+	  --output-file $(LOWEST)/lowest.txt
+	@$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --requirement $(LOWEST)/lowest.txt \
+	  'pytest>=8.3' 'hypothesis>=6.120'
+	@touch $@
 
 lint: $(READY) ## check and format the code
 	$(BIN)/ruff check --fix .
@@ -42,6 +69,9 @@ lint: $(READY) ## check and format the code
 
 figures: $(READY) ## run all notebooks and make every figure (PRESET=smoke|quick|cifar10|cifar10-ten|imagenette|paper)
 	$(BIN)/dsv reproduce --preset $(PRESET) $(ARGS)
+
+record: $(READY) ## maintainers: make the last run's results the committed ones, from a clean commit
+	$(BIN)/dsv record --preset $(PRESET) $(ARGS)
 
 site: $(READY) ## build the pages of the recorded runs into build/site/html (PRESET=quick)
 	$(BIN)/dsv site --preset $(PRESET) $(ARGS)
@@ -59,9 +89,10 @@ checkpoints: $(READY) ## train the shipped classifiers anew
 bench: $(READY) ## time the inner loop and the solvers (ratios within one run)
 	$(BIN)/python -m pytest benchmarks --benchmark-only -s $(ARGS)
 
-lock: $(READY) ## resolve the newest allowed versions into requirements.lock
+lock: $(READY) ## bring requirements.lock up to pyproject.toml; ARGS=--upgrade takes the newest versions
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-	  --upgrade --extra dev --extra cluster pyproject.toml --output-file requirements.lock
+	  --extra dev --extra cluster pyproject.toml --output-file requirements.lock $(ARGS)
 
-clean: ## remove what runs have made, but not the environment or committed figures
-	rm -rf build .snakemake figures/smoke figures/.staging figures/seeds/*/.staging .pytest_cache .mypy_cache .ruff_cache .benchmarks
+clean: ## remove what runs have made (build/), caches, and an environment that was never finished
+	@test -e $(READY) || rm -rf .venv
+	rm -rf build .snakemake $(LOWEST) .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

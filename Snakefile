@@ -1,90 +1,87 @@
-# The graph: classifiers → notebooks → claim ledger → site.
+# The graph: classifiers → notebooks → comparison with the recorded values → site.
 #
-#   snakemake --cores 2                              every notebook of preset quick, and its ledger
+#   snakemake --cores 2                              every notebook of preset quick, and the comparison
 #   snakemake --cores 2 --config preset=smoke        another preset
-#   snakemake --cores 2 build/quick/04_coresets.done one notebook
 #   snakemake --profile profiles/slurm               on a cluster; profiles/kubernetes likewise
 #
-# `dsv reproduce` and `make figures` use this file. What is out of date is decided by digests
-# (dsvlib/graph.py says how): file times count for nothing, which is what ancient() means.
+# `dsv reproduce` and `make figures` use this file. A notebook's output is a file whose name is the
+# digest of all that makes its numbers (companion/workflow.py says of what): it runs where that file
+# is missing. Figures and records are no outputs in Snakemake's sense, since it deletes outputs before
+# a rule runs and after it failed, and what was published earlier has to stay whole.
 
 import os
 import re
 import shlex
 import sys
 
-from dsvlib._files import checkpoints_folder
-from companion.graph import mark, options, sources, stamp, which
 from companion.presets import plan
-from companion.runs import figures_root, repository_root
+from companion.runs import own_root, repository_root
+from companion.workflow import done, finish, forget
+from dsvlib._files import checkpoints_folder
 
 PRESET = config.get("preset", "quick")
-FIGURES = os.path.relpath(figures_root(), repository_root())
-JOBS = {
-    job.name: job
-    for job in plan(
-        PRESET, device=config.get("device") or None, data_root=config.get("data_root") or None
-    )
-}
-# The first process decides; the copies of this file that run on a cluster's nodes only follow.
-if not config.get("marked") and not workflow.remote_exec:
-    mark(JOBS.values())
+OPTIONS = {key: str(config[key]) for key in ("device", "data_root") if config.get(key)}
+OWN = os.path.relpath(own_root() / PRESET, repository_root())
+PLAN = plan(PRESET, **OPTIONS)
+JOBS = {os.path.relpath(done(job), repository_root()): job for job in PLAN}
+# The first process says what has to run; copies of this file on a cluster's nodes only follow.
+if not config.get("forgotten") and not workflow.remote_exec:
+    forget(PLAN)
 
-# all that are there, and those of the bundled digits, which can be trained anew without a download
-CHECKPOINTS = os.path.relpath(checkpoints_folder(), repository_root())
-SHIPPED = {"digits-convnet", "digits-convnet-shuffled", "digits-judge"}
-SHIPPED |= {path.stem for path in checkpoints_folder().glob("*.safetensors")}
+# Those of the bundled digits can be trained anew without a download, should they be missing.
+TRAINED = ("digits-convnet", "digits-convnet-shuffled", "digits-judge")
+CHECKPOINTS = [checkpoints_folder() / f"{name}.safetensors" for name in TRAINED]
+CHECKPOINTS = {os.path.relpath(path, repository_root()) for path in CHECKPOINTS}
 DSV = f"{shlex.quote(sys.executable)} -m companion.cli"
 
 
-wildcard_constraints:
-    preset=PRESET,
-    job="|".join(map(re.escape, JOBS)),
+def words(output):
+    """Return the words of `dsv notebooks run` that make an output."""
+    job = JOBS[output]
+    seed = [] if job.repetition is None else [f"--seed={job.repetition}"]
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in OPTIONS.items()]
+    return shlex.join([job.notebook, f"--preset={PRESET}", *seed, *options])
 
 
-rule ledger:
+rule comparison:
     input:
-        [os.path.relpath(stamp(job), repository_root()) for job in JOBS.values()],
+        list(JOBS),
     output:
-        f"{FIGURES}/claims/{PRESET}.csv",
-        f"{FIGURES}/claims/{PRESET}.md",
+        f"{OWN}/README.md",
     localrule: True
-    shell:
-        f"{DSV} claims --scale {PRESET} > /dev/null"
+    run:
+        finish(PRESET, PLAN)
 
 
 rule notebook:
     input:
-        ancient(lambda wildcards: f"notebooks/{JOBS[wildcards.job].notebook}.ipynb"),
-        ancient("notebooks/presets.yml"),
-        ancient(sources()),
-        ancient(expand(f"{CHECKPOINTS}/{{name}}.safetensors", name=sorted(SHIPPED))),
+        [path for path in sorted(CHECKPOINTS) if not os.path.exists(path)],
     output:
-        "build/{preset}/{job}.done",
+        "{done}",
+    wildcard_constraints:
+        done="|".join(map(re.escape, JOBS)),
     params:
-        which=lambda wildcards: shlex.join(which(JOBS[wildcards.job])),
-        options=shlex.join(options(config)),
+        words=lambda wildcards, output: words(output[0]),
     threads: int(config.get("threads", 1))
     resources:
         mem_mb=4096,
-        runtime=lambda wildcards: max(1, round(JOBS[wildcards.job].timeout_s / 60)),
+        runtime=lambda wildcards: max(1, round(JOBS[wildcards.done].timeout_s / 60)),
     shell:
-        f"{DSV} notebooks run {{params.which}} --preset {{wildcards.preset}} "
-        "--threads {threads} {params.options}"
+        f"{DSV} notebooks run {{params.words}} --threads={{threads}}"
 
 
 rule checkpoint:
     output:
-        f"{CHECKPOINTS}/{{name}}.safetensors",
+        "{folder}/{name}.safetensors",
     wildcard_constraints:
-        name="digits-.*",
+        name="|".join(TRAINED),
     shell:
         f"{DSV} train {{wildcards.name}}"
 
 
 rule site:
     input:
-        rules.ledger.output,
+        rules.comparison.output,
     localrule: True
     shell:
         "make site"

@@ -2,4 +2,5 @@
 
 from . import figures as figures
 from . import recipes as recipes
+from . import toy_problems as toy_problems
 from .runs import Run as Run

@@ -6,18 +6,22 @@ Heavy modules are imported inside the commands, so that help is instant.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsvlib import cli
 from dsvlib._errors import DsvError, RequestError
+
+if TYPE_CHECKING:
+    from companion.presets import Job
 
 app = typer.Typer()
 notebooks = typer.Typer(help="Keep the committed notebooks' outputs honest.", no_args_is_help=True)
@@ -27,6 +31,49 @@ Only = Annotated[
     list[str] | None, typer.Option("--only", help="A notebook, by number or name; repeatable.")
 ]
 Preset = Annotated[str, typer.Option(help="smoke, quick, cifar10, imagenette or paper.")]
+MOST = 1024  # notebooks or threads at once: beyond it, a mistyped number
+
+
+def _is_here(device: str | None) -> str | None:
+    """Refuse a device that is not here, at once and not in every notebook."""
+    if device in (None, "auto", "cpu"):
+        return device
+    known = re.fullmatch(r"cuda(?::(\d{1,3}))?", str(device))
+    if known is None:
+        raise RequestError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(known[1] or 0) >= count:
+        raise RequestError(
+            f"--device: expected auto or cpu, since torch sees {count} GPUs here, got {device!r}"
+        )
+    return device
+
+
+def _is_folder(path: str | None) -> str | None:
+    if path is not None and not (path.strip() and Path(path).is_dir()):
+        raise RequestError(f"--data-root: expected a folder, got {path!r}")
+    return path
+
+
+def _check_data(jobs: Sequence[Job], data_root: str | None) -> None:
+    """Refuse jobs on folders of images none of which is there, before the first one starts."""
+    from companion.workflow import data_needed
+    from dsvlib.data.downloads import FOLDERS
+
+    needed = data_needed(jobs, Path(data_root) if data_root else None)
+    folders = {name: text for name, text in needed.items() if name in FOLDERS}
+    if folders and "present" not in folders.values():
+        raise RequestError("; ".join(f"{name}: {text}" for name, text in folders.items()))
+
+
+Device = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu or cuda.", callback=_is_here)
+]
+DataRoot = Annotated[
+    str | None, typer.Option("--data-root", help="Folder of the data sets.", callback=_is_folder)
+]
 
 
 def register(target: typer.Typer) -> None:
@@ -45,15 +92,19 @@ def reproduce(
     preset: Preset = "quick",
     only: Only = None,
     jobs: Annotated[int, typer.Option(help="Notebooks to run side by side.")] = 1,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+    device: Device = None,
+    data_root: DataRoot = None,
     force: Annotated[bool, typer.Option("--force", help="Run also what is up to date.")] = False,
 ) -> None:
     """Run the notebooks of a preset and rebuild its figures."""
+    from companion.presets import plan
     from companion.workflow import reproduce as run
+    from companion.workflow import up_to_date
 
-    _check_needs(preset, only or (), device, data_root)
-
+    if not 1 <= jobs <= MOST:
+        raise RequestError(f"--jobs: expected a whole number from 1 to {MOST}, got {jobs}")
+    todo = plan(preset, only=only or (), device=device, data_root=data_root)
+    _check_data([job for job in todo if force or not up_to_date(job)], data_root)
     done = run(preset, only=only or (), jobs=jobs, device=device, data_root=data_root, force=force)
     if not done:
         raise DsvError("at least one notebook failed; the reasons are above")
@@ -83,17 +134,16 @@ def run_one(
     seed: Annotated[
         int | None, typer.Option(help="Of a repetition that the preset asks for.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+    device: Device = None,
+    data_root: DataRoot = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
 ) -> None:
     """Run one notebook whether it is up to date or not: what a rule of the Snakefile calls."""
-    if threads is not None and threads < 1:
-        raise RequestError(f"--threads: expected a whole number ≥ 1, got {threads}")
+    if threads is not None and not 1 <= threads <= MOST:
+        raise RequestError(f"--threads: expected a whole number from 1 to {MOST}, got {threads}")
     from companion.presets import plan
-    from companion.workflow import run_notebook
+    from companion.workflow import run_job
 
-    _check_needs(preset, [name], device, data_root)
     jobs = plan(preset, only=[name], device=device, data_root=data_root)
     known = {job.repetition: job for job in jobs}
     if seed not in known:
@@ -103,16 +153,17 @@ def run_one(
             "to the preset's 'repeat' in notebooks/presets.yml"
         )
     job = known[seed]
+    _check_data([job], data_root)
     flags = [f"--device {device}" if device else "", "--data-root PATH" if data_root else ""]
     run_id = os.environ.get("DSV_RUN_ID")  # of the run that holds this checkout, if there is one
-    if run_notebook(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
+    if run_job(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
         raise DsvError(f"{job.name} failed; the reason is above")
 
 
 @notebooks.command()
 def student() -> None:
     """Write the student editions: the committed notebooks without solutions and outputs."""
-    from companion.editions import write_student_copies
+    from companion.notebooks import write_student_copies
 
     for name in write_student_copies():
         print(f"student/{name} written")
@@ -135,14 +186,15 @@ def claims(
     scale: Annotated[str, typer.Option("--scale", "--preset", help="quick, cifar10, …")] = (
         "quick"
     ),
+    own: Annotated[
+        bool, typer.Option("--own", help="Of the runs made here, not recorded.")
+    ] = False,
 ) -> None:
-    """Say which claims of the papers hold, from the records; write ledger, results and README."""
-    from companion.ledger.claims import claim_rows, write_claims
-    from companion.ledger.results import write_results
-    from companion.notebooks import refresh_readme
-    from dsvlib._files import repository_root
+    """Say which claims of the papers hold, from the records; nothing is written."""
+    from companion.ledger.claims import claim_rows
+    from companion.runs import own_root
 
-    rows = claim_rows(scale)
+    rows = claim_rows(scale, own_root() if own else None)
     colours = {"reproduced": "green", "partly": "yellow"}
     for row in rows:
         word = typer.style(f"{row.verdict:14}", fg=colours.get(row.verdict, "red"), bold=True)
@@ -151,10 +203,19 @@ def claims(
         typer.echo(f"{'':9} {row.notebook or '–'} · {row.scale} · {row.reason}")
     counts = Counter(row.verdict.value for row in rows)
     typer.echo(", ".join(f"{count} {word}" for word, count in counts.items()))
-    for path in [*write_claims(scale), *write_results(scale)]:
-        typer.echo(os.path.relpath(path, repository_root()))
-    if refresh_readme():
-        typer.echo("README.md")
+
+
+@app.command()
+def record(
+    preset: Preset = "quick",
+    only: Only = None,
+    device: Device = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Make this checkout's own runs the recorded ones (maintainers, from a clean commit)."""
+    from companion.recording import record as run
+
+    run(preset, only=only or (), device=device, data_root=data_root, echo=typer.echo)
 
 
 @app.command()
@@ -164,15 +225,17 @@ def cell(
     shot: Annotated[int, typer.Argument(help="Real images seen per class.")],
     preset: Preset = "quick",
     seeds: Annotated[str | None, typer.Option(help="E.g. 0,1; default: the recorded ones.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+    device: Device = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Run one cell of Table 2 again and hold it against the recorded number."""
     from companion.ledger.table2 import recorded_cell, rerun
 
     chosen = cli.numbers("--seeds", seeds, int)
+    if chosen and not all(0 <= seed < 2**31 for seed in chosen):
+        raise RequestError(f"--seeds: expected whole numbers from 0 to 2147483647, got {seeds}")
     recorded = recorded_cell(method, per_class, shot, preset=preset)
-    found = rerun(recorded, data_root=data_root, device=device, seeds=chosen)
+    found = rerun(recorded, data_root=data_root, device=device or "auto", seeds=chosen)
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
     what = f"{method}, {per_class} per class, {shot} shot"
     print(f"{what}: {statistics.fmean(found):.1f}{spread} % (n = {len(found)}), recorded "
@@ -218,7 +281,7 @@ def train(
 @app.command()
 def doctor(
     preset: Preset = "quick",
-    data_root: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Say what this machine has, what a preset still lacks, and what it will cost."""
     import platform
@@ -226,12 +289,12 @@ def doctor(
     import psutil  # type: ignore[import-untyped]
     import torch
 
-    from companion.forecast import data_needed, forecast, total
     from companion.presets import plan
     from companion.runs import repository_root
+    from companion.workflow import data_needed, expected, total, up_to_date
     from dsvlib._files import checkpoints_folder
 
-    todo = plan(preset, data_root=None if data_root is None else str(data_root))
+    todo = plan(preset, data_root=data_root)
     gib = 2**30
     cuda = torch.cuda.is_available()
     shipped = sorted(path.stem for path in checkpoints_folder().glob("*.safetensors"))
@@ -246,29 +309,19 @@ def doctor(
         "disk": f"{free / gib:.1f} GiB free",
         "classifiers": ", ".join(shipped) or "none; run dsv train --all",
     }
-    lines |= {f"data {k}": v for k, v in data_needed(todo, data_root).items()}
+    found = data_needed(todo, Path(data_root) if data_root else None)
+    lines |= {f"data {k}": v for k, v in found.items()}
     for name, value in lines.items():
         print(f"{name:12} {value}")
     if free < gib:
         print(f"{'':12} less than 1 GiB free: runs may fail; make clean frees what they left")
     print(f"\nforecast for dsv reproduce --preset {preset} (recorded runs, other machines differ):")
-    expected = forecast(todo)
-    for entry in expected:
-        print(f"{entry.job:32} {entry}")
-    print(f"{'together, one after another':32} {total(expected)}")
+    due = [job for job in todo if not up_to_date(job)]
+    for job in todo:
+        print(f"{job.name:32} {expected(job) if job in due else 'up to date'}")
+    print(f"{'together, one after another':32} {total(map(expected, due))}")
     if not shipped:
         raise DsvError("no shipped classifier found; restore data/checkpoints from the repository")
-
-
-def _check_needs(
-    preset: str, only: Sequence[str], device: str | None, data_root: str | None
-) -> None:
-    from companion.data_needs import check_needs
-    from companion.presets import plan
-    from dsvlib._files import downloads_folder
-
-    parameters = [job.parameters for job in plan(preset, only=only)]
-    check_needs(parameters, device, Path(data_root or downloads_folder()))
 
 
 def _torchvision() -> str:

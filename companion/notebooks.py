@@ -1,11 +1,17 @@
-"""The committed notebooks and README: results of a run put into them, normalised, and checked.
+"""The committed notebooks: outputs of a run put into them, normalised, checked, and their editions.
 
 Two equal runs give the same bytes, and `check_notebooks` says where outputs are older than the
 code that they claim to come from.
+
+An exercise is three code cells in a row, tagged `exercise` (a stub to complete), `solution` and
+`test`. The committed notebook holds and runs all three; the student edition leaves the solutions
+and all outputs out and keeps the tests, which fail until the stub is completed.
 """
 
 from __future__ import annotations
 
+import ast
+import copy
 import os
 import re
 import uuid
@@ -14,14 +20,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from companion.editions import exercise_problems, student_problems
-from companion.graph import up_to_date
-from companion.ledger.claims import claim_ids, fill_claims
-from companion.ledger.figure_wall import fill_results
+import yaml
+
+from companion.execution import exclusive
+from companion.ledger.claims import claim_ids
 from companion.presets import notebook_names, plan, read_parameters, read_presets
 from companion.runs import code_cells, digest, library_digest, repository_root
-from companion.workflow import exclusive
-from dsvlib._errors import DsvError
+from companion.workflow import up_to_date
+from dsvlib._errors import DsvError, explain
 from dsvlib._files import atomic_path
 
 MAX_CELL_LINES = 40
@@ -29,15 +35,23 @@ MAX_CELLS, MAX_WORDS = 80, 4500  # beyond, a notebook is two
 CLAIM = re.compile(r"\b(?:DSV|PDD|EXT|TEACH)-[A-Z0-9]\w*")
 PROGRESS = re.compile(r"\d%\||\d(it|s)/(s|it)\b|\dit \[")
 PRIVATE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|private|mnt|opt|usr|var|work)/\S+")
+EXERCISE = ("exercise", "solution", "test")
+FETCH = """import importlib.util
+import os
+import subprocess
+import sys
+
+if importlib.util.find_spec("dsvlib") is None:  # Colab starts without the repository
+    clone = ["git", "clone", "--depth", "1", "https://github.com/OWNER/NAME", "dsvlib-repository"]
+    subprocess.run(clone, check=True)
+    sys.path.insert(0, os.path.abspath("dsvlib-repository"))"""
 
 
 def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[str]:
     """Put the outputs of a preset's run, normalised, into the committed notebooks.
 
-    The README's tables of results are made anew as well.
-
     Returns the names refreshed. Raises DsvError, before writing any, if a notebook has not been run
-    here with the present code (`companion.graph.up_to_date`).
+    here with the present code (`companion.workflow.up_to_date`).
     """
     import nbformat
 
@@ -50,7 +64,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
                 fix = f"run dsv reproduce --preset {preset} --only {job.notebook} --force"
                 raise DsvError(
                     f"{job.notebook}: expected outputs of the present code and of the run that "
-                    f"made the figures, found none in build/{preset}; {fix}"
+                    f"made the figures, found none in build/runs/{preset}; {fix}"
                 )
             target = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
             executed = nbformat.read(job.build(".ipynb"), as_version=4)
@@ -58,24 +72,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
         for target, notebook in ready:
             with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as out:
                 nbformat.write(notebook, out)
-        refresh_readme()
     return [target.stem for target, _ in ready]
-
-
-def refresh_readme() -> bool:
-    """Make the README's tables anew and return whether they had been others."""
-    readme = repository_root() / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    filled = fill_tables(text)
-    if filled != text:
-        with atomic_path(readme) as temporary:
-            temporary.write_text(filled, encoding="utf-8")
-    return filled != text
-
-
-def fill_tables(text: str) -> str:
-    """Return a README with its tables of results and claims made anew from the records."""
-    return fill_claims(fill_results(text))
 
 
 def normalise(executed: Any, source: Path) -> Any:
@@ -151,9 +148,6 @@ def check_notebooks() -> list[str]:
         problems += [f"{name}: {problem}" for problem in _check_notebook(path, notebook)]
     with suppress(DsvError):  # a notebook that cannot be read is listed above
         problems += student_problems()
-    readme = repository_root() / "README.md"
-    if readme.is_file() and (text := readme.read_text(encoding="utf-8")) != fill_tables(text):
-        problems.append("README.md: its results are not those recorded; run dsv notebooks refresh")
     try:
         for preset, content in read_presets().items():
             if not set(notebook_names()) <= set(content["omit"]):
@@ -224,3 +218,160 @@ def _check_output(output: Any) -> Iterator[str]:
         yield "shows an SVG; expected PNG only"
     if "image/png" in data and not output.metadata.get("image/png", {}).get("alt"):
         yield "shows an image without alt text; end the cell with run.save_figure(…)"
+
+
+def tags(cell: Any) -> list[str]:
+    """Return the tags of a cell."""
+    return list(cell.metadata.get("tags", []))
+
+
+# --- student editions -----------------------------------------------------------------------------
+
+
+def student_copy(notebook: Any, name: str) -> Any:
+    """Return the student edition of a notebook called `name`; `notebook` itself is left as it is.
+
+    Solutions, outputs and the digests of a run are gone; stubs, tests and hints stay. A line at the
+    top says where the copy comes from; on Colab the cell below it fetches the repository. What a
+    copy publishes lies apart, as all that is run by hand.
+    """
+    import nbformat
+    from nbconvert.preprocessors import ClearOutputPreprocessor, TagRemovePreprocessor
+
+    student = copy.deepcopy(notebook)
+    student.metadata.pop("dsvlib", None)
+    without = TagRemovePreprocessor(enabled=True, remove_cell_tags={"solution"})
+    for step in (without, ClearOutputPreprocessor(enabled=True)):
+        student, _ = step(student, {})
+    about = nbformat.v4.new_markdown_cell(_header(name), id="student-about")
+    student.cells[1:1] = [about]
+    if repository := repository_code():
+        setup = FETCH.replace("OWNER/NAME", repository)
+        student.cells[2:2] = [nbformat.v4.new_code_cell(setup, id="student-setup")]
+    return student
+
+
+def _header(name: str) -> str:
+    badges = " · ".join(f"[{label}]({url})" for label, url in launch_links(name).items())
+    return (
+        f"> **Student edition**, generated from [{name}](../{name}.ipynb) by `dsv notebooks "
+        f"student`: edit that one. Each exercise has a stub to complete and a test below it that "
+        f"fails until you have; the solutions are in the original."
+        + (f"\n>\n> Run it on {badges}." if badges else "")
+    )
+
+
+def repository_code() -> str:
+    """Return GitHub's ``owner/name`` from `repository-code` in CITATION.cff, or an empty text.
+
+    All links to the repository derive from this one line.
+    """
+    path = repository_root() / "CITATION.cff"
+    citation = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    address = str(citation.get("repository-code") or "")
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", address)
+    if address and not found:
+        raise DsvError(
+            f"CITATION.cff: repository-code: expected https://github.com/OWNER/NAME, got {address}"
+        )
+    return found[1] if found else ""
+
+
+def launch_links(name: str) -> dict[str, str]:
+    """Return where a student edition runs in a browser; nothing if no repository is named."""
+    repository, file = repository_code(), f"notebooks/student/{name}.ipynb"
+    if not repository:
+        return {}
+    return {
+        "Binder": f"https://mybinder.org/v2/gh/{repository}/HEAD?labpath={file}",
+        "Colab": f"https://colab.research.google.com/github/{repository}/blob/HEAD/{file}",
+    }
+
+
+def student_files() -> dict[Path, str]:
+    """Return what each student copy must hold: path → text, for notebooks that have exercises."""
+    import nbformat
+
+    files = {}
+    for name in notebook_names():
+        source = repository_root() / "notebooks" / f"{name}.ipynb"
+        try:
+            notebook = nbformat.read(source, as_version=4)
+        except nbformat.reader.NotJSONError as error:
+            reason = str(error).split("\n")[0]
+            raise DsvError(f"{source.name}: expected a Jupyter notebook, got {reason}") from error
+        if any("exercise" in tags(cell) for cell in notebook.cells):
+            target = source.parent / "student" / source.name
+            files[target] = nbformat.writes(student_copy(notebook, name)) + "\n"
+    return files
+
+
+def write_student_copies() -> list[str]:
+    """Write ``notebooks/student/NN_*.ipynb``, remove those without a source; return the names."""
+    files = student_files()
+    folder = repository_root() / "notebooks" / "student"
+    with explain("write to", folder):
+        for path, text in files.items():
+            path.parent.mkdir(exist_ok=True)
+            with atomic_path(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        for stale in set(folder.glob("*.ipynb")) - set(files):
+            stale.unlink()
+    return [path.stem for path in files]
+
+
+def student_problems() -> Iterator[str]:
+    """Say which committed student copies are not what their notebooks give."""
+    files = student_files()
+    present = set((repository_root() / "notebooks" / "student").glob("*.ipynb"))
+    for path in sorted(present | set(files)):
+        if path not in present or path.read_text(encoding="utf-8") != files.get(path):
+            yield f"student/{path.name}: not what its notebook gives; run dsv notebooks student"
+
+
+def exercise_problems(notebook: Any) -> Iterator[str]:
+    """Say what is wrong with a notebook's exercises.
+
+    Each is stub, solution and test, one after the other; the solution defines what the stub does,
+    has been run, and the test calls it and asserts something.
+    """
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    kinds = [next((kind for kind in EXERCISE if kind in tags(cell)), "") for cell in code]
+    used = 0
+    for index, kind in enumerate(kinds):
+        if kind != "exercise":
+            continue
+        used += 3
+        if tuple(kinds[index : index + 3]) != EXERCISE:
+            yield (
+                f"exercise in code cell {index}: expected cells tagged 'solution' and 'test' after "
+                f"it, got {kinds[index + 1 : index + 3]}"
+            )
+            continue
+        stub, solution, test = code[index : index + 3]
+        names = _defined(stub.source)
+        if not names <= _defined(solution.source):
+            yield f"the solution in code cell {index + 1} does not define {sorted(names)}"
+        if not _asserts(test.source) or not names & _read(test.source):
+            yield f"the test in code cell {index + 2} does not assert anything of {sorted(names)}"
+        if not (solution.execution_count and test.execution_count):
+            yield f"the exercise in code cell {index} was not run with its solution"
+    if used != sum(bool(kind) for kind in kinds):
+        yield "a cell tagged 'solution' or 'test' does not belong to an exercise"
+
+
+def _defined(source: str) -> set[str]:
+    body = ast.parse(source).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def _read(source: str) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+
+
+def _asserts(source: str) -> bool:
+    return any(
+        isinstance(node, ast.Assert)
+        or (isinstance(node, ast.Attribute) and node.attr.startswith("assert_"))
+        for node in ast.walk(ast.parse(source))
+    )

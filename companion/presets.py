@@ -9,29 +9,51 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    ValidationError,
+    create_model,
+)
 
-from companion.runs import code_cells, figures_root, repository_root
+from companion.runs import REPETITIONS, code_cells, figures_root, own_root, repository_root
 from dsvlib._errors import DsvError, RequestError
 
-COMMON = {"preset": ("str", "quick"), "seed": ("int", 0), "device": ("str", "auto")}
-COMMON["data_root"] = ("str", "")
-PRESET_KEYS = {"description", "timeout_s", "expected_s", "omit", "repeat", "notebooks"}
-REPETITIONS = "seeds"  # folder of figures/ with one root of figures for each further seed
+COMMON = {"preset": "quick", "seed": 0, "device": "auto", "data_root": ""}
+MAPPINGS = ("expected_s", "omit", "repeat", "notebooks")  # of a preset, by notebook
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One line of a notebook's parameters cell: annotation and literal default."""
+def _seeds(value: Any) -> Any:
+    whole = isinstance(value, list) and all(type(seed) is int and seed >= 0 for seed in value)
+    if not whole or len(set(value)) < len(value):
+        raise ValueError("expected a list of different seeds ≥ 0")
+    return value
 
-    annotation: ast.expr
-    default: Any
+
+T = TypeVar("T")
+_Lines = Annotated[dict[str, T], BeforeValidator(lambda value: value or {})]
+
+
+class _Preset(BaseModel):
+    """One preset of presets.yml; the file's head says what each key means."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    description: str = ""
+    timeout_s: float = Field(default=900, gt=0)
+    expected_s: _Lines[float] = {}
+    omit: _Lines[str] = {}
+    repeat: _Lines[Annotated[list[int], BeforeValidator(_seeds)]] = {}
+    notebooks: _Lines[_Lines[Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -54,21 +76,25 @@ class Job:
         """What the job is called: its notebook, and the seed where it repeats one."""
         return self.notebook + ("" if self.repetition is None else f".seed-{self.repetition}")
 
-    @property
-    def figures(self) -> Path:
-        """The root of figures below which the notebook publishes; repetitions have their own."""
-        if self.repetition is None:
-            return figures_root()
-        return figures_root() / REPETITIONS / str(self.repetition)
+    def below(self, root: Path) -> Path:
+        """Return the job's folder below a root of figures; repetitions have their own root."""
+        if self.repetition is not None:
+            root = root / REPETITIONS / str(self.repetition)
+        return root / self.preset / self.notebook
 
     @property
     def directory(self) -> Path:
-        """Where the notebook publishes."""
-        return self.figures / self.preset / self.notebook
+        """Where a run of one's own publishes."""
+        return self.below(own_root())
+
+    @property
+    def recorded(self) -> Path:
+        """Where the maintainers record it."""
+        return self.below(figures_root())
 
     def build(self, suffix: str) -> Path:
-        """Return a by-product of the run, such as its log."""
-        return repository_root() / "build" / self.preset / f"{self.name}{suffix}"
+        """Return a by-product of one's own run, such as its log."""
+        return self.directory.with_name(self.notebook + suffix)
 
 
 def notebook_names() -> list[str]:
@@ -88,11 +114,12 @@ def find_notebook(name: str) -> str:
     return found[0]
 
 
-def read_parameters(notebook: str) -> dict[str, Parameter]:
-    """Return the parameters that a notebook takes.
+def read_parameters(notebook: str) -> type[BaseModel]:
+    """Return the parameters that a notebook takes, as a model that checks names and types.
 
-    Raises DsvError unless one cell is tagged `parameters`, holds nothing but annotated literals
-    that fit their annotation, and has the parameters common to all.
+    They are read by `ast`: papermill's inspection cuts a default that has several lines at its
+    first. Raises DsvError unless one cell is tagged `parameters`, holds nothing but annotated
+    literals that fit their annotation, and has the parameters common to all.
     """
     path = repository_root() / "notebooks" / f"{notebook}.ipynb"
     code_cells(path)  # one clear error for a file that is no notebook
@@ -100,63 +127,64 @@ def read_parameters(notebook: str) -> dict[str, Parameter]:
     tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise DsvError(f"{notebook}: expected one cell tagged 'parameters', got {len(tagged)}")
-    found = {}
+    fields: dict[str, Any] = {}
     try:
         for line in ast.parse("".join(tagged[0]["source"])).body:
             if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
                 raise ValueError(f"line {line.lineno} is something else")
             default = ast.literal_eval(line.value) if line.value else None
-            coerce(default, line.annotation)
-            found[line.target.id] = Parameter(line.annotation, default)
-    except (SyntaxError, ValueError) as error:
+            fields[line.target.id] = (ast.unparse(line.annotation).strip("'"), default)
+        strict = ConfigDict(
+            extra="forbid", strict=True, validate_default=True, protected_namespaces=()
+        )
+        model: type[BaseModel] = create_model(notebook, __config__=strict, **fields)
+        model()
+    except ValidationError as error:
+        _, reason = _first(error)
+        raise DsvError(f"{notebook}: the parameters cell: {reason}") from error
+    except (SyntaxError, ValueError, PydanticUserError) as error:
         raise DsvError(
             f"{notebook}: the parameters cell takes only lines like 'steps: int = 600'; {error}"
         ) from error
-    for name, (annotation, default) in COMMON.items():
-        have = found.get(name)
-        if have is None or ast.unparse(have.annotation) != annotation or have.default != default:
-            wanted = f"{name}: {annotation} = {json.dumps(default)}"
+    for name, default in COMMON.items():
+        if fields.get(name) != (type(default).__name__, default):
+            wanted = f"{name}: {type(default).__name__} = {json.dumps(default)}"
             raise DsvError(f"{notebook}: the parameters cell needs the line '{wanted}'")
-    return found
+    return model
 
 
-def coerce(value: Any, annotation: ast.expr) -> Any:
-    """Return `value` as the annotation wants it (an int becomes a float where one is expected).
-
-    Raises ValueError if it does not fit: a bool is no number, text is never converted.
-    """
-    match annotation:
-        case ast.Constant(value=None) if value is None:
-            return None
-        case ast.Constant(value=str(quoted)):
-            return coerce(value, ast.parse(quoted, mode="eval").body)
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            for option in (left, right):
-                with suppress(ValueError):
-                    return coerce(value, option)
-        case ast.Subscript(value=ast.Name(id="list"), slice=inner) if isinstance(value, list):
-            return [coerce(item, inner) for item in value]
-        case ast.Name(id="float") if isinstance(value, int | float) and value is not True:
-            if value is not False:
-                return float(value)
-        case ast.Name(id="int" | "bool" | "str" | "list" as name):
-            if type(value).__name__ == name:
-                return value
-    raise ValueError(f"expected {ast.unparse(annotation)}, got {value!r}{_yaml_trap(value)}")
-
-
-def _yaml_trap(value: Any) -> str:
+def _first(error: ValidationError) -> tuple[str, str]:
+    """Return the key that the first error is about if nobody knows it, and the error in words."""
+    first = error.errors()[0]
+    value, path = first["input"], ": ".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return str(first["loc"][-1]), path
+    wanted = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if first["type"] in ("dict_type", "model_type"):
+        wanted = "expected 'name: value' lines"
+    hint = ""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return f", which YAML reads as text; write {float(value):.1e} with a point and a sign"
-    if isinstance(value, bool):
-        return ", which YAML makes of yes, no, on and off; put quotes around text"
-    return ""
+        hint = f", which YAML reads as text; write {float(value):.1e} with a point and a sign"
+    elif isinstance(value, bool):
+        hint = ", which YAML makes of yes, no, on and off; put quotes around text"
+    return "", f"{path}: {wanted}, got {value!r}{hint}".removeprefix(": ")
+
+
+def _check(model: type[BaseModel], given: Any, where: str, what: str) -> dict[str, Any]:
+    """Return `given` over the defaults of `model`; raise RequestError in words."""
+    try:
+        return model.model_validate(given).model_dump()
+    except ValidationError as error:
+        key, reason = _first(error)
+        if key:
+            raise RequestError.unknown(f"{what} {where}", key, model.model_fields) from error
+        raise RequestError(f"{where}: {reason}") from error
 
 
 def read_presets() -> dict[str, dict[str, Any]]:
     """Return all presets, every key and notebook name in them checked.
 
-    Raises RequestError for a key or notebook that does not exist, DsvError for a broken file.
+    Raises RequestError for a key, value or notebook that does not fit, DsvError for a broken file.
     """
     path = repository_root() / "notebooks" / "presets.yml"
     try:
@@ -164,40 +192,18 @@ def read_presets() -> dict[str, dict[str, Any]]:
     except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise DsvError(f"presets.yml: expected a readable YAML file, got {reason}") from error
-    presets = _mapping(content, "presets.yml")
-    for key in presets:
-        if key != "presets":
-            raise RequestError.unknown("key of presets.yml", str(key), ["presets"])
-    presets = _mapping(presets.get("presets"), "presets.yml: presets")
-    return {str(name): _check_preset(str(name), preset) for name, preset in presets.items()}
+    file = create_model("file", __config__=ConfigDict(extra="forbid"), presets=(_Lines[Any], {}))
+    presets: dict[Any, Any] = _check(file, content, "presets.yml", "key of")["presets"]
+    return {str(name): _check_preset(f"presets.yml: {name}", p) for name, p in presets.items()}
 
 
-def _mapping(value: Any, where: str) -> dict[Any, Any]:
-    if not isinstance(value, dict):
-        raise DsvError(f"{where}: expected 'name: value' lines, got {value!r}")
-    return value
-
-
-def _check_preset(name: str, preset: Any) -> dict[str, Any]:
-    where = f"presets.yml: {name}"
-    checked: dict[str, Any] = {"description": "", "timeout_s": 900, **_mapping(preset, where)}
-    for key in checked:
-        if key not in PRESET_KEYS:
-            raise RequestError.unknown(f"key of {where}", str(key), PRESET_KEYS)
-    limit = checked["timeout_s"]
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0:
-        raise DsvError(f"{where}: timeout_s: expected seconds > 0, got {limit!r}")
+def _check_preset(where: str, preset: Any) -> dict[str, Any]:
+    checked = _check(_Preset, preset, where, "key of")
     names = notebook_names()
-    for key in ("expected_s", "omit", "repeat", "notebooks"):
-        checked[key] = _mapping(checked.get(key) or {}, f"{where}: {key}")
+    for key in MAPPINGS:
         for notebook in checked[key]:
             if notebook not in names:
-                raise RequestError.unknown(f"notebook in {where}: {key}:", str(notebook), names)
-    for notebook, seeds in checked["repeat"].items():
-        whole = isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds)
-        if not whole or len(set(seeds)) < len(seeds):
-            wanted = "expected a list of different seeds ≥ 0"
-            raise DsvError(f"{where}: repeat: {notebook}: {wanted}, got {seeds!r}")
+                raise RequestError.unknown(f"notebook in {where}: {key}:", notebook, names)
     return checked
 
 
@@ -215,8 +221,7 @@ def plan(
     Raises RequestError for anything asked for that does not exist or does not fit.
     """
     presets = read_presets()
-    if preset not in presets:
-        raise RequestError.unknown("preset", preset, presets)
+    check_preset(preset, presets)
     chosen, omitted = presets[preset], presets[preset]["omit"]
     names = list(dict.fromkeys(find_notebook(name) for name in only)) or notebook_names()
     if data_root is not None and not Path(data_root).is_dir():
@@ -231,7 +236,7 @@ def plan(
         if name in omitted and only:
             raise RequestError(f"{name} is not part of preset {preset!r}: {omitted[name]}")
         if name not in omitted:
-            given = _mapping(chosen["notebooks"].get(name) or {}, f"presets.yml: {preset}: {name}")
+            given = chosen["notebooks"].get(name, {})
             full = resolve(name, given, f"presets.yml: {preset}: {name}") | common
             job = Job(name, preset, full, chosen["timeout_s"], chosen["expected_s"].get(name))
             again = [seed for seed in chosen["repeat"].get(name, ()) if seed != full["seed"]]
@@ -245,15 +250,12 @@ def plan(
     return jobs
 
 
+def check_preset(preset: str, known: Collection[str]) -> None:
+    """Raise RequestError for a preset that presets.yml does not have."""
+    if preset not in known:
+        raise RequestError.unknown("preset", preset, known)
+
+
 def resolve(notebook: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a notebook's defaults overlaid with `given`, each name and type checked."""
-    known = read_parameters(notebook)
-    full = {name: coerce(p.default, p.annotation) for name, p in known.items()}
-    for name, value in given.items():
-        if name not in known:
-            raise RequestError.unknown(f"parameter in {where}:", str(name), known)
-        try:
-            full[name] = coerce(value, known[name].annotation)
-        except ValueError as error:
-            raise RequestError(f"{where}: {name}: {error}") from error
-    return full
+    return _check(read_parameters(notebook), given, where, "parameter in")

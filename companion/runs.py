@@ -1,8 +1,12 @@
 """What a notebook says about itself: its figures, tables and values, published whole or not at all.
 
-Everything is written to a staging folder first. `complete()`, in the last cell, moves it into
-``figures/<preset>/<notebook>/``: there ``record.json`` is taken away first and comes back last, so
-that a run killed in between is never taken for a whole one (`read_record` checks every digest).
+Everything is written to a staging folder first. `complete()`, in the last cell, moves it where it
+belongs: there ``record.json`` is taken away first and comes back last, so that a run killed in
+between is never taken for a whole one (`read_record` checks every digest).
+
+Three places hold such folders, ``<preset>/<notebook>/``: ``figures`` what a release recorded,
+``build/runs`` what `dsv reproduce` made here, ``build/by-hand`` what anyone ran by hand, with any
+parameters. Each has one writer, so that none can replace another.
 """
 
 from __future__ import annotations
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 RECORD = "record.json"
+REPETITIONS = "seeds"  # folder of a place with one place of the same form for each further seed
+NAME = r"[a-zA-Z0-9][a-zA-Z0-9_-]*"  # of notebooks, presets, figures and tables
+COMMITTED = (".png", ".csv", ".json")  # the rest is made by a run, and named in what is recorded
 BADGES = {
     "smoke": "smoke run · not a result",
     "quick": "digits · quick",
@@ -46,7 +53,7 @@ BADGES = {
     "paper": "paper scale",
 }
 # Beside dsvlib itself: what lies between a notebook's code and its numbers and pictures.
-BESIDE_THE_METHOD = ("figures.py", "recipes.py", "runs.py")
+BESIDE_THE_METHOD = ("figures.py", "recipes.py", "runs.py", "toy_problems.py")
 
 
 class RecordError(DsvError):
@@ -59,8 +66,18 @@ def repository_root() -> Path:
 
 
 def figures_root() -> Path:
-    """Return the folder of all published figures, which `DSV_FIGURES` may move elsewhere."""
-    return Path(os.environ.get("DSV_FIGURES") or repository_root() / "figures")
+    """Return the folder of what the maintainers recorded; only `dsv record` writes there."""
+    return repository_root() / "figures"
+
+
+def own_root() -> Path:
+    """Return the folder of this checkout's own runs; only `dsv reproduce` writes there."""
+    return repository_root() / "build" / "runs"
+
+
+def hand_root() -> Path:
+    """Return the folder of what is run by hand, which `DSV_FIGURES` may move elsewhere."""
+    return Path(os.environ.get("DSV_FIGURES") or repository_root() / "build" / "by-hand")
 
 
 def digest(value: object) -> str:
@@ -138,6 +155,11 @@ def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_note_opened)  # once a process: a hook cannot be taken off
 
 
+def _checkpoints_read() -> dict[str, str]:
+    """Return the digests of the shipped classifiers that this process has opened."""
+    return _checkpoint_digests(_opened)
+
+
 def _checkpoint_digests(names: Iterable[str]) -> dict[str, str]:
     paths = {name: _files.checkpoint_path(name) for name in sorted(names)}
     return {name: file_digest(path) for name, path in paths.items() if path.is_file()}
@@ -184,7 +206,7 @@ class Run:
     badge: str
     data_digest: str
     code: str
-    staging: Path
+    directory: Path
     started: float
     context: dict[str, Any]
     facts: dict[str, Any]
@@ -206,7 +228,8 @@ class Run:
 
         `parameters` are the notebook's own; `scale` replaces the preset's badge text where the
         data differ from what the preset promises. Raises ValueError for a name that cannot be a
-        folder or parameters that are no JSON, DsvError if the figures folder cannot be written.
+        folder or parameters that are no JSON, DsvError if the figures folder cannot be written or
+        is one that only whole runs may write.
         """
         _check_name("notebook", notebook)
         _check_name("preset", preset)
@@ -216,30 +239,33 @@ class Run:
             kept = json.loads(json.dumps(kept, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"parameters: expected plain numbers and text, got {error}") from error
-        staging = figures_root() / ".staging" / f"{preset}-{notebook}-{os.getpid()}"
-        with explain("write to", figures_root()):
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        atexit.register(shutil.rmtree, staging, ignore_errors=True)
         context = json.loads(os.environ.get("DSV_RUN_CONTEXT", "{}"))
-        return cls(
+        badge = scale or BADGES.get(preset, preset)
+        run = cls(
             notebook=notebook,
             preset=preset,
             seed=seed,
             parameters=kept,
-            badge=scale or BADGES.get(preset, preset),
+            badge=badge if context else f"{badge} · run by hand",
             data_digest=data_digest,
-            code=code_digest(notebook),
-            staging=staging,
+            # Taken before the kernel started: a file changed since then makes the run stale.
+            code=context.get("code") or code_digest(notebook),
+            directory=_place(context, preset, notebook),
             started=context.get("started", time.time()),
             context=context,
-            facts=_git_state(),
+            facts=git_state(),
         )
+        with explain("write to", run.directory.parents[1]):
+            shutil.rmtree(run.staging, ignore_errors=True)
+            run.staging.mkdir(parents=True)
+        atexit.register(shutil.rmtree, run.staging, ignore_errors=True)
+        return run
 
     @property
-    def directory(self) -> Path:
-        """Where `complete` publishes: ``figures/<preset>/<notebook>``."""
-        return figures_root() / self.preset / self.notebook
+    def staging(self) -> Path:
+        """Where everything lies until `complete` publishes it to `directory`."""
+        name = f"{self.preset}-{self.notebook}-{os.getpid()}"
+        return self.directory.parents[1] / ".staging" / name
 
     def save_figure(
         self,
@@ -347,8 +373,7 @@ class Run:
         sidecars = sorted(self.staging.glob("*.json"))
         record = self._facts() | {
             "run_id": os.environ.get("DSV_RUN_ID", ""),
-            "request": self.context.get("request", ""),
-            "checkpoints": _checkpoint_digests(_opened),
+            "checkpoints": _checkpoints_read(),
             "values": [asdict(value) for value in self.values.values()],
             "seconds": round(time.time() - self.started, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -365,7 +390,7 @@ class Run:
         counts += [f"{sets} sets of samples"] if sets else []
         print(
             f"{self.notebook}: {', '.join(counts)} and {len(self.values)} values published to "
-            f"figures/{self.preset}/{self.notebook}"
+            f"{os.path.relpath(self.directory, repository_root())}"
         )
 
     def _check_open(self, name: str) -> None:
@@ -376,7 +401,7 @@ class Run:
             raise ValueError(f"name: {name!r} is taken by the completion record, choose another")
 
     def _facts(self) -> dict[str, Any]:
-        default = f"dsv reproduce --preset {self.preset} --only {self.notebook}"
+        by_hand = f"notebooks/{self.notebook}.ipynb, run by hand"
         return {
             "schema": SCHEMA,
             "notebook": self.notebook,
@@ -384,7 +409,7 @@ class Run:
             "scale": self.badge,
             "parameters": self.parameters,
             "seed": self.seed,
-            "command": self.context.get("command", default),
+            "command": self.context.get("command", by_hand),
             "by_hand": not self.context,
             "data_digest": self.data_digest,
             "code": self.code,
@@ -409,8 +434,9 @@ class Run:
 def read_record(directory: Path) -> dict[str, Any]:
     """Return the record of a complete run after checking it and every file it names.
 
-    Raises RecordError if the record is missing, of another schema, changed, or if a file of it
-    is missing or changed.
+    Raises RecordError if the record is missing, of another schema, changed, not of this folder, or
+    if a file of it is missing or changed. What was run by hand is refused among whole runs. Files
+    that a recorded run leaves to a release, its `unpublished`, are known and not looked for.
     """
     where = f"{directory.parent.name}/{directory.name}"
     fix = f"run dsv reproduce --preset {directory.parent.name} --only {directory.name}"
@@ -430,13 +456,55 @@ def read_record(directory: Path) -> dict[str, Any]:
         raise broken(f"expected schema {SCHEMA}, got {record.get('schema')!r}")
     if own != digest(record):
         raise broken(f"{RECORD} was changed after the run")
+    if directory.parts[-2:] != (record["preset"], record["notebook"]):
+        raise broken(f"{RECORD} is that of {record['preset']}/{record['notebook']}")
+    here = directory.resolve()
+    if record["by_hand"] and any(
+        here.is_relative_to(root.resolve()) for root in (figures_root(), own_root())
+    ):
+        raise broken("they were run by hand, with parameters of one's own")
     for name, expected in named.items():
         path = directory / name
+        if not re.fullmatch(NAME + r"\.[a-z]+", name):
+            raise broken(f"expected file names of letters, digits, _ and -, got {name!r}")
         if not path.is_file():
             raise broken(f"{name} is missing")
         if file_digest(path) != expected:
             raise broken(f"{name} was changed after the run")
     return record
+
+
+def copy_recorded(source: Path, target: Path) -> None:
+    """Publish a whole run in `target` as it is committed: pictures, tables and what explains them.
+
+    What is not committed keeps its name and digest under `unpublished`, in the record and in the
+    sidecar of each figure.
+    """
+    record = read_record(source)
+    staging = repository_root() / "build" / f".recording-{os.getpid()}"
+    with explain("write to", target):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            for name in record["files"]:
+                if name.endswith(".json"):
+                    sidecar = json.loads((source / name).read_text(encoding="utf-8"))
+                    write_json(staging / name, _committed(sidecar))
+                elif name.endswith(COMMITTED):
+                    shutil.copyfile(source / name, staging / name)
+            record = _committed(record)
+            record["files"] = {name: file_digest(staging / name) for name in record["files"]}
+            write_json(staging / RECORD, record | {"digest": digest(record)})
+            _publish(staging, target, [staging / name for name in record["files"]])
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _committed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record or sidecar whose `files` are those that are committed."""
+    kept = {name: own for name, own in about["files"].items() if name.endswith(COMMITTED)}
+    rest = {name: own for name, own in about["files"].items() if name not in kept}
+    return {**about, "files": kept, "unpublished": about.get("unpublished", {}) | rest}
 
 
 def _publish(staging: Path, target: Path, staged: Sequence[Path]) -> None:
@@ -469,8 +537,28 @@ def _write_data(stem: Path, data: pd.DataFrame | Mapping[str, np.ndarray]) -> Pa
     return stem.with_name(f"{stem.name}.npz")
 
 
+def _place(context: Mapping[str, Any], preset: str, notebook: str) -> Path:
+    """Return where a run publishes: where its context says, or among what is run by hand."""
+    if context:
+        place = repository_root() / str(context["directory"])
+        if place.parts[-2:] != (preset, notebook):
+            raise ValueError(
+                f"Run.start: expected {'/'.join(place.parts[-2:])}, which is being run, "
+                f"got {preset}/{notebook}; correct the names in the notebook"
+            )
+        return place
+    root = hand_root().resolve()
+    for kept in (figures_root(), own_root()):
+        if root.is_relative_to(kept.resolve()):
+            raise DsvError(
+                f"DSV_FIGURES: expected a folder outside of {kept.name}, which holds whole runs "
+                f"only, got {root}; leave it unset"
+            )
+    return hand_root() / preset / notebook
+
+
 def _check_name(what: str, name: str) -> None:
-    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_-]*", name):
+    if not re.fullmatch(NAME, name):
         raise ValueError(f"{what}: expected letters, digits, _ and -, got {name!r}")
 
 
@@ -480,15 +568,15 @@ def _finite(what: str, number: SupportsFloat) -> float:
     return float(number)
 
 
-def _git_state() -> dict[str, Any]:
-    """Return the commit and whether the code differs from it (figures are results, not code)."""
+def git_state() -> dict[str, Any]:
+    """Return the commit and whether the checkout differs from it; None where there is no git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(repository_root()), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)figures")
+        changed = git("status", "--porcelain")
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": None}

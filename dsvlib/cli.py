@@ -40,7 +40,7 @@ Register = Callable[[typer.Typer], None]
 
 INTERRUPTED = "interrupted; figures published earlier are as they were"
 MOST_PIXELS = 8  # GiB of images in one run of synthesize
-COMPANION = ("reproduce", "claims", "cell", "train", "doctor", "site", "notebooks")
+COMPANION = ("reproduce", "record", "claims", "cell", "train", "doctor", "site", "notebooks")
 
 
 def main(arguments: Sequence[str] | None = None, register: Register | None = None) -> None:

@@ -139,12 +139,14 @@ class FrozenClassifier:
                 f"multipliers: expected {losses.dtype} on {losses.device} as the losses, got "
                 f"{multipliers.dtype} on {multipliers.device}; move one to the other with .to(…)"
             )
-        return torch.autograd.grad(
+        parts = torch.autograd.grad(
             torch.dot(multipliers, losses),
             list(self.theta.values()),
             create_graph=differentiable,
             materialize_grads=True,  # a parameter that the output ignores has gradient zero
         )
+        # torch 2.8's zeros of that kind would ask for gradients of their own
+        return parts if differentiable else tuple(part.detach() for part in parts)
 
 
 def _depends(value: Tensor, source: Tensor) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,9 @@ import nbformat
 import pytest
 import yaml
 
-from companion.graph import request
 from companion.presets import Job
-from companion.runs import Run
+from companion.runs import Run, code_digest, repository_root
+from companion.workflow import done
 
 COMMON = 'preset: str = "quick"\nseed: int = 0\ndevice: str = "auto"\ndata_root: str = ""\n'
 PARAMETERS = COMMON + "steps: int = 5  # more is better\nrate: float = 0.1\nnames: list[str] = []"
@@ -59,16 +62,33 @@ def write_presets(root: Path, **presets: Any) -> None:
     (root / "notebooks" / "presets.yml").write_text(yaml.safe_dump(content))
 
 
-def publish(job: Job, run_id: str = "") -> Path:
-    """Publish in this process what a kernel would have."""
-    context = {"request": request(job), "command": "dsv", "started": time.time() - 70}
+@contextmanager
+def whole_run(directory: Path, run_id: str = "") -> Iterator[None]:
+    """Let `Run.start` think that it is in a whole run that publishes to `directory`."""
+    context = {
+        "directory": os.path.relpath(directory, repository_root()),
+        "code": code_digest(directory.name),
+        "command": f"dsv reproduce --preset {directory.parent.name} --only {directory.name}",
+        "started": time.time() - 70,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSV_RUN_CONTEXT", json.dumps(context))
         patch.setenv("DSV_RUN_ID", run_id)
-        run = Run.start(job.notebook, preset=job.preset, seed=0)
-        run.record("K1", "steps", 5, std=0.5, unit="%", paper=7)
+        yield
+
+
+def publish(job: Job, run_id: str = "", *, steps: float = 5) -> Path:
+    """Publish in this process what a kernel would have, and leave what a whole run leaves."""
+    publish_at(job.directory, run_id, steps=steps, seed=job.parameters["seed"])
+    nbformat.write(nbformat.v4.new_notebook(), job.build(".ipynb"))  # papermill's
+    if not run_id:  # else the workflow does
+        done(job).touch()
+    return job.directory
+
+
+def publish_at(directory: Path, run_id: str = "", *, steps: float = 5, seed: int = 0) -> None:
+    """Publish a small run to any place of whole runs."""
+    with whole_run(directory, run_id):
+        run = Run.start(directory.name, preset=directory.parent.name, seed=seed)
+        run.record("K1", "steps", steps, std=0.5, unit="%", paper=7)
         run.complete()
-    job.build(".ipynb").parent.mkdir(parents=True, exist_ok=True)
-    executed = nbformat.v4.new_notebook()
-    nbformat.write(executed, job.build(".ipynb"))  # what papermill leaves beside it
-    return run.directory

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,14 @@ from dsvlib import SupportSet, load_dataset
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import FrozenClassifier
 from dsvlib.logits import LossFn
+
+# Without the extra (`make test-lowest`) the tests of the method alone are there to be run.
+if importlib.util.find_spec("papermill") is None:
+    collect_ignore = [
+        path.name
+        for path in Path(__file__).parent.glob("test_*.py")
+        if any(name in path.read_text("utf-8") for name in ("companion", "import yaml"))
+    ]
 
 torch.set_num_threads(1)  # the networks are tiny: a second thread only adds noise
 settings.register_profile("dsvlib", deadline=None, derandomize=True, database=None, max_examples=15)

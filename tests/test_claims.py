@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from checkout import END, make_checkout, write_notebook, write_presets
+from checkout import END, make_checkout, whole_run, write_notebook, write_presets
 
 from companion import cli
-from companion.ledger.claims import CLAIMS, Verdict, claim_rows, fill_claims, write_claims
-from companion.runs import RecordError, Run
+from companion.ledger.claims import CLAIMS, Verdict, claim_rows, markdown, write_claims
+from companion.runs import RecordError, Run, figures_root, own_root
 from dsvlib._errors import DsvError, RequestError
 
 PAPER_IDS = [
@@ -39,8 +40,15 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return make_checkout(tmp_path, monkeypatch)
 
 
-def publish(notebook: str, table: pd.DataFrame, caption: str = "", preset: str = "quick") -> Path:
-    run = Run.start(notebook, preset=preset, seed=0)
+def publish(
+    notebook: str,
+    table: pd.DataFrame,
+    caption: str = "",
+    preset: str = "quick",
+    root: Path | None = None,
+) -> Path:
+    with whole_run((root or figures_root()) / preset / notebook):
+        run = Run.start(notebook, preset=preset, seed=0)
     run.record("DSV-F6", "judge_soft_labels_rank_p_b", 0.93, std=0.02, seeds=range(3))
     run.record("DSV-F2b", "pearson_gradient", 0.5, n=8, paper=0.783)
     run.record("DSV-T1", "gain_gradient_field_1", 2.5, std=1.0, n=5, unit="points", paper=2.57)
@@ -59,10 +67,7 @@ def test_claim_without_a_run_is_red_and_never_missing() -> None:
     assert [r.id for r in rows if r.group == "papers"] == PAPER_IDS
     assert {r.verdict for r in rows} == {Verdict.NOT_ATTEMPTED}
     assert all(r.reason and r.where and r.statement and r.tolerance and r.paper for r in rows)
-    table = fill_claims("<!-- claims quick -->\nstale words\n<!-- /claims -->")
-    assert table.count("🔴 **not attempted**") == len(rows)
-    assert "stale words" not in table
-    assert fill_claims(table) == table
+    assert markdown(rows).count("🔴 **not attempted**") == len(rows)
 
 
 def test_no_verdict_is_typed_into_the_data_file() -> None:
@@ -135,17 +140,26 @@ def test_files_of_the_ledger_keep_numbers_as_numbers(checkout: Path) -> None:
     assert str(checkout) not in text
 
 
-def test_the_headline_puts_ours_beside_theirs(checkout: Path) -> None:
-    write_notebook(checkout, "08_latent_labels", END)
-    table = pd.DataFrame({"claim": ["DSV-F6"], "ours": ["a"], "verdict": ["partly"]})
-    publish("08_latent_labels", table)
-    text = fill_claims("<!-- headline quick -->\nFORMER\n<!-- /headline -->\nrest")
-    assert "FORMER" not in text
-    assert text.endswith("<!-- /headline -->\nrest")
-    (line,) = (x for x in text.splitlines() if x.startswith("| **DSV-F6** "))
-    assert "🟡 partly, [08](notebooks/08_latent_labels.ipynb)" in line
-    assert "0.930 ± 0.020" in line
-    assert fill_claims(text) == text
+def test_the_ledger_shows_recorded_runs_own_runs_on_request_and_never_those_by_hand(
+    checkout: Path,
+) -> None:
+    def table(word: str) -> pd.DataFrame:
+        return pd.DataFrame({"claim": ["DSV-F6"], "ours": ["a"], "verdict": [word]})
+
+    publish("08_latent_labels", table("partly"))
+    publish("08_latent_labels", table("reproduced"), root=own_root())
+    assert row("DSV-F6").verdict is Verdict.PARTLY
+    (own,) = (r for r in claim_rows(root=own_root()) if r.id == "DSV-F6")
+    assert own.verdict is Verdict.REPRODUCED
+    run = Run.start("08_latent_labels", preset="quick", seed=0)
+    run.save_table(table("not reproduced"), "verdicts")
+    run.complete()
+    assert row("DSV-F6").verdict is Verdict.PARTLY
+    folder = figures_root() / "quick" / "08_latent_labels"
+    shutil.rmtree(folder)
+    shutil.copytree(run.directory, folder)  # as someone may try
+    with pytest.raises(RecordError, match="run by hand"):
+        claim_rows()
 
 
 def test_bad_requests_are_one_sentence(
@@ -183,4 +197,4 @@ def test_command_prints_every_claim(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert all(f"{claim} " in printed for claim in PAPER_IDS)
     assert "1 partly" in printed
-    assert "figures/claims/quick.csv" in printed
+    assert not (figures_root() / "claims").exists(), "recording writes, looking does not"

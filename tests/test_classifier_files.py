@@ -11,7 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dsvlib import SupportSet, build_model, load_classifier, save_classifier
+from dsvlib import (
+    SupportSet,
+    _files,
+    build_model,
+    load_classifier,
+    save_classifier,
+    synthesize,
+)
 from dsvlib._files import file_digest, repository_root
 from dsvlib.classifiers.files import shipped_digests
 
@@ -207,3 +214,36 @@ def test_every_shipped_file_has_its_digest():
     folder = repository_root() / "data" / "checkpoints"
     found = {path.name: file_digest(path) for path in folder.glob("*.safetensors")}
     assert found == shipped_digests()
+
+
+def test_a_wrapped_classifier_is_saved_under_its_own_names(tmp_path):
+    model = small()
+    save_classifier(tmp_path / "file", nn.DataParallel(torch.compile(model)))
+    assert torch.equal(load_classifier(tmp_path / "file")[0].classifier.bias, model.classifier.bias)
+
+
+def test_without_a_checkout_what_is_kept_lies_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("dsvlib._files.checkout", lambda: None)
+    monkeypatch.setenv("DSV_CACHE", str(tmp_path))
+    assert _files.checkpoints_folder() == tmp_path / "checkpoints"
+    assert _files.downloads_folder() == tmp_path / "downloads"
+    save_classifier(tmp_path / "checkpoints" / "mine.safetensors", small())
+    assert load_classifier("mine")[1]["shape"] == SHAPE
+    with pytest.raises(FileNotFoundError, match="expected a checkout of the repository; clone it"):
+        _files.repository_root()
+    monkeypatch.delenv("DSV_CACHE")
+    assert _files.checkpoints_folder().parent.name == "dsvlib", "the user's own cache"
+
+
+def test_synthesis_names_the_weights_that_are_not_finite():
+    model = small(norm="batch")
+    model.features[1].running_var[0] = torch.inf
+    with pytest.raises(
+        ValueError, match=r"finite weights.* in 'features\.1\.running_var'; train it"
+    ):
+        synthesize(model, [0], SHAPE)
+    model = small()
+    with torch.no_grad():
+        model.features[0].weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"finite weights.* in 'features\.0\.weight'"):
+        synthesize(model, [0], SHAPE)

@@ -246,7 +246,7 @@ def test_what_cannot_be_written_is_not_begun(
         (["--per-class", "99999999999999999999"], 2, "--per-class: expected images of at most"),
         (["--mean", "123.7"], 1, "divide by 255"),
         (["--shape", "1,0,8"], 1, "shape: expected (channels, height, width)"),
-        (["--shape", "1,20,20"], 1, "reads inputs of shape [2, 1, 20, 20]"),
+        (["--shape", "1,20,20"], 1, "can read, got [2, 1, 20, 20]"),
         (["--classes", "missing.txt"], 2, "--classes: expected a text file"),
         (["--classes", "latin.txt"], 2, "got another encoding"),
         (["--classes", "two.txt"], 1, "classes 2, logits 3"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from checkout import make_checkout
 
 from companion.cli import main
-from companion.editions import (
+from companion.notebooks import (
     exercise_problems,
     launch_links,
     repository_code,
@@ -84,14 +82,6 @@ def test_the_test_of_a_copy_fails_until_the_stub_is_completed() -> None:
 
 def tags_of(c: Any) -> set[str]:
     return set(c.metadata.get("tags", []))
-
-
-def test_a_copy_publishes_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_checkout(tmp_path, monkeypatch)
-    setup = student_copy(with_exercise(), "02_double").cells[2].source
-    shown = f"{setup}\nfrom companion.runs import figures_root\nprint(figures_root())"
-    run = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == str(tmp_path / "build" / "student")
 
 
 def test_copies_are_written_and_kept_in_sync(

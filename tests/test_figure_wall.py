@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from checkout import make_checkout
+from checkout import make_checkout, whole_run
 from matplotlib.figure import Figure
 
-from companion.ledger.figure_wall import fill_results, summary, write_wall
-from companion.runs import Run
+from companion.ledger.figure_wall import summary, write_wall
+from companion.runs import Run, digest, figures_root, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(notebook: str) -> Path:
-    run = Run.start(notebook, preset="quick", seed=0)
+    with whole_run(figures_root() / "quick" / notebook):
+        run = Run.start(notebook, preset="quick", seed=0)
     frame = pd.DataFrame({"x": [0, 1]})
     fig = Figure(figsize=(2, 1))
     fig.add_subplot().plot([0, 1])
@@ -32,26 +34,54 @@ def publish(notebook: str) -> Path:
 
 
 def test_wall_links_pictures_tables_and_values(checkout: Path) -> None:
-    publish("01_line")
-    path = write_wall("quick")
+    folder = publish("01_line").parent
+    path = write_wall(folder)
     assert path == checkout / "figures" / "quick" / "README.md"
     wall = path.read_text()
-    assert "![A line (thin) that rises](01_line/line.png)" in wall
-    assert "**digits · quick** · A line · [svg](01_line/line.svg) · [csv](01_line/line.csv)" in wall
-    assert "Its numbers · [csv](01_line/numbers.csv) · [how it was made]" in wall
-    assert "`dsv reproduce --preset quick --only 01_line`" in wall
-    assert r"| K1\|a | steps | 5.00 ± 0.50 % | 1 | 7 |" in wall
-    assert "| K12 | cosine | 0.988 | 1 |  |" in wall
+    assert '<img src="01_line/line.png" alt="A line [thin] that rises"' in wall
+    assert 'href="01_line/line.svg">vector picture (SVG)</a>' in wall
+    assert 'href="01_line/line.csv">tidy data (CSV)</a>' in wall
+    assert '<li>Its numbers · <a href="01_line/numbers.csv">tidy data (CSV)</a>' in wall
+    assert '<code class="command">dsv reproduce --preset quick --only 01_line</code>' in wall
+    cells = "<td>K1|a</td><td>steps</td><td>5.00 ± 0.50 %</td><td>1</td><td>7</td>"
+    assert cells in wall
+    assert "<td>K12</td><td>cosine</td><td>0.988</td><td>1</td><td></td>" in wall
+    assert "\n\n" not in wall[wall.index("<section>") :].strip()
     assert str(checkout) not in wall
+
+
+def test_a_run_of_ones_own_gets_a_page_to_open(checkout: Path) -> None:
+    own = checkout / "build" / "runs" / "quick"
+    own.parent.mkdir(parents=True)
+    publish("01_line").parent.rename(own)
+    path = write_wall(own, "3 of 4 values < repeated\n  K1  5 & 6")
+    assert path == own / "index.html"
+    page = path.read_text()
+    assert "3 of 4 values &lt; repeated\n  K1  5 &amp; 6\n" in page
+    assert '<img src="01_line/line.png"' in page
+    assert '<img src="01_line/line.png"' in (own / "README.md").read_text()
+
+
+def test_only_what_is_committed_is_linked() -> None:
+    directory = publish("01_line")
+    record = json.loads((directory / "record.json").read_text())
+    (directory / "line.svg").unlink()
+    del record["digest"]
+    record["unpublished"] = {"line.svg": record["files"].pop("line.svg")}
+    write_json(directory / "record.json", record | {"digest": digest(record)})
+    wall = write_wall(directory.parent).read_text()
+    assert ".svg" not in wall
+    assert '<a class="picture" href="01_line/line.png">' in wall
+    assert "01_line/line.csv" in wall
 
 
 def test_run_that_is_not_whole_is_named_and_not_shown() -> None:
     whole, broken = publish("01_line"), publish("02_more")
     (broken / "line.svg").unlink()
-    wall = write_wall("quick").read_text()
+    wall = write_wall(figures_root() / "quick").read_text()
     assert "02_more/line.png" not in wall
-    assert "*No complete run: figures of quick/02_more" in wall
-    assert "line.svg is missing; run dsv reproduce --preset quick --only 02_more*" in wall
+    assert "<em>No complete run: figures of quick/02_more" in wall
+    assert "line.svg is missing; run dsv reproduce --preset quick --only 02_more</em>" in wall
     assert "01_line/line.png" in wall
     assert summary([whole, broken]) == summary([whole])
 
@@ -60,16 +90,3 @@ def test_summary_aligns_the_values() -> None:
     lines = summary([publish("01_line")]).splitlines()
     assert lines == ["K1|a  steps   5.00 ± 0.50 %  paper 7", "K12   cosine  0.988"]
     assert summary([]) == ""
-
-
-def test_readme_tables_come_from_the_records() -> None:
-    publish("01_line")
-    marker = "<!-- results quick:\nK12/cosine\nK9/other_value\n-->\n"
-    text = f"before\n{marker}| 99 |\n<!-- /results -->\nafter"
-    filled = fill_results(text)
-    assert "| K12 | cosine | 0.988 | 1 | – | [01](notebooks/01_line.ipynb) |" in filled
-    assert "| K9 | other value | not run |" in filled
-    assert "99" not in filled
-    assert filled.startswith("before\n<!-- results quick:\nK12/cosine\n")
-    assert filled.endswith("<!-- /results -->\nafter")
-    assert fill_results(filled) == filled

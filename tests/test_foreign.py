@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torchvision import models
 
 from dsvlib import Classifier, open_classifier
 from dsvlib.classifiers.foreign import load_weights
+from dsvlib.classifiers.training import logits_of
 
 OWN = {"classes": ["cat", "dog"], "mean": [0.5], "std": [0.25], "shape": (1, 4, 4)}
 
@@ -199,6 +201,8 @@ def test_reading_images_of_another_size_and_normalisation() -> None:
     other = found.reading(shape=(1, 8, 8), mean=[0.3], std=[0.1])
     torch.testing.assert_close(other((larger - 0.3) / 0.1), wanted)
     assert not other.training
+    with pytest.raises(ValueError, match="divide by 255"):
+        found.reading(shape=(1, 8, 8), mean=[76.5], std=[25.5])
     with pytest.raises(ValueError, match="expected 1 channels, as the classifier reads, got 3"):
         found.reading(shape=(3, 4, 4), mean=[0.3], std=[0.1])
 
@@ -263,8 +267,9 @@ def test_names_that_are_numbers_are_not_mistaken_for_places() -> None:
         ({"mean": [float("nan")]}, ValueError, r"pixels in \[0, 1\]"),
         ({"std": [float("nan")]}, ValueError, "std > 0"),
         ({"mean": 0.5}, TypeError, "mean: expected a list of numbers, got float 0.5"),
+        ({"shape": (1, 4.5, 4)}, TypeError, "shape: expected a list of numbers"),
         ({"std": "1"}, TypeError, "std: expected a list of numbers, got str '1'"),
-        ({"shape": (1, 5, 5)}, ValueError, r"reads inputs of shape \[2, 1, 5, 5\], got Runtime"),
+        ({"shape": (1, 5, 5)}, ValueError, r"the model can read, got \[2, 1, 5, 5\]"),
     ],
 )
 def test_descriptions_are_held_against_the_network(
@@ -305,15 +310,34 @@ def test_looking_at_a_network_does_not_change_it(untouched: Callable[..., Any]) 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda logits: (logits, None), "got tuple"),
-        (lambda logits: logits.sum(), r"got \[\]"),
-        (lambda logits: logits[:1], r"got \[1, 2\]"),
+        (lambda logits: (logits, None), "got tuple of 2"),
+        (lambda logits: {"out": logits}, "got dict with 'out'"),
+        (lambda logits: logits.sum(), r"got shape \[\]"),
+        (lambda logits: logits[:1], r"got shape \[1, 2\]"),
         (lambda logits: 1 / 0, "got ZeroDivisionError: division by zero"),
     ],
 )
 def test_other_answers_than_logits(answer: Callable[..., object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Classifier(Counting(answer), **OWN)
+
+
+@pytest.mark.parametrize(
+    ("answer", "output"),
+    [
+        (lambda logits: SimpleNamespace(logits=logits, features=None), None),
+        (lambda logits: {"logits": logits}, None),
+        (lambda logits: (None, logits), 1),
+        (lambda logits: {"out": logits, "aux": None}, "out"),
+        (lambda logits: [[logits]], lambda returned: returned[0][0]),
+    ],
+)
+def test_logits_are_found_or_chosen(answer: Callable[..., object], output: Any) -> None:
+    network = Counting(answer)
+    found = open_classifier(network, output=output, **OWN)
+    inputs = torch.randn(3, 1, 4, 4)
+    expected = network.linear(inputs.flatten(1))
+    torch.testing.assert_close(logits_of(found.model, inputs), expected.detach())
 
 
 # --- networks and weights as users have them -----------------------------------------------------

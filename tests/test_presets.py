@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkout import COMMON, END, make_checkout, write_notebook, write_presets
 
-from companion.presets import coerce, plan, read_parameters
+from companion.presets import plan, read_parameters, resolve
 from dsvlib._errors import DsvError, RequestError
 
 
@@ -34,13 +33,16 @@ def test_plan_overlays_defaults_preset_and_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"stepz": 2}, r"unknown parameter .*smoke: 01_line: 'stepz'; did you mean 'steps'"),
-        ({"steps": "2"}, r"smoke: 01_line: steps: expected int, got '2'"),
-        ({"steps": True}, "expected int, got True"),
-        ({"steps": 2.0}, "expected int, got 2.0"),
-        ({"rate": "1e-3"}, r"expected float, got '1e-3', which YAML reads as text; write 1.0e-03"),
-        ({"device": False}, "expected str, got False, which YAML makes of yes, no"),
-        ({"names": [1]}, "expected str, got 1"),
+        ({"stepz": 2}, r"unknown parameter .*smoke: 01_line 'stepz'; did you mean 'steps'"),
+        ({"steps": "2"}, r"smoke: 01_line: steps: expected a valid integer, got '2'"),
+        ({"steps": True}, "expected a valid integer, got True"),
+        ({"steps": 2.0}, "expected a valid integer, got 2.0"),
+        (
+            {"rate": "1e-3"},
+            r"expected a valid number, got '1e-3', which YAML reads as text; write 1.0e-03",
+        ),
+        ({"device": False}, "expected a valid string, got False, which YAML makes of yes, no"),
+        ({"names": [1]}, "names: 0: expected a valid string, got 1"),
     ],
 )
 def test_mistyped_parameter_is_refused(checkout: Path, given: dict[str, Any], message: str) -> None:
@@ -67,7 +69,7 @@ def test_unknown_request_is_refused(options: dict[str, Any], message: str) -> No
     ("presets", "message"),
     [
         ({"smoke": {"timeout": 3}}, "unknown key of presets.yml: smoke 'timeout'.*'timeout_s'"),
-        ({"smoke": {"timeout_s": "3"}}, "timeout_s: expected seconds"),
+        ({"smoke": {"timeout_s": "3"}}, "smoke: timeout_s: expected a valid number, got '3'"),
         ({"smoke": {"notebooks": {"02_no": {}}}}, "unknown notebook in presets.yml: smoke"),
         ({"smoke": {"notebooks": ["01_line"]}}, "expected 'name: value' lines"),
         ({"smoke": 3}, "expected 'name: value' lines"),
@@ -102,7 +104,8 @@ def test_omitted_notebook_is_left_out_with_its_reason(checkout: Path) -> None:
     [
         (COMMON.replace("seed: int = 0\n", ""), "needs the line 'seed: int = 0'"),
         (COMMON + "steps = 3", "something else"),
-        (COMMON + "steps: int = '3'", "expected int"),
+        (COMMON + "steps: int = '3'", "steps: expected a valid integer, got '3'"),
+        (COMMON + "steps: integer = 3", "lines like 'steps: int = 600'"),
         (COMMON + "steps: int = len([])", "malformed"),
     ],
 )
@@ -122,10 +125,21 @@ def test_parameters_cell_holds_annotated_literals(checkout: Path, cell: str, mes
         ("bool", True, True),
     ],
 )
-def test_coerce(annotation: str, value: object, expected: object) -> None:
-    result = coerce(value, ast.parse(annotation, mode="eval").body)
-    assert result == expected
-    assert type(result) is type(expected)
+def test_values_become_what_their_annotation_says(
+    checkout: Path, annotation: str, value: object, expected: object
+) -> None:
+    write_notebook(checkout, "01_line", parameters=f"{COMMON}rate: {annotation} = {value!r}")
+    for given in ({}, {"rate": value}):
+        result = resolve("01_line", given, "here")["rate"]
+        assert result == expected
+        assert type(result) is type(expected)
+
+
+def test_a_default_of_several_lines_is_read_whole(checkout: Path) -> None:
+    write_notebook(
+        checkout, "01_line", parameters=f"{COMMON}cells: list[int] = [\n    1,\n    2,\n]"
+    )
+    assert resolve("01_line", {}, "here")["cells"] == [1, 2]
 
 
 def test_a_repeated_notebook_is_followed_by_its_other_seeds(checkout: Path) -> None:
@@ -133,7 +147,8 @@ def test_a_repeated_notebook_is_followed_by_its_other_seeds(checkout: Path) -> N
     jobs = plan("smoke")
     assert [job.name for job in jobs] == ["01_line", "01_line.seed-100", "01_line.seed-7"]
     assert [job.parameters["seed"] for job in jobs] == [0, 100, 7], "0 is the preset's own"
-    assert jobs[1].directory == checkout / "figures" / "seeds" / "100" / "smoke" / "01_line"
+    assert jobs[1].directory == checkout / "build/runs/seeds/100/smoke/01_line"
+    assert jobs[1].recorded == checkout / "figures/seeds/100/smoke/01_line"
     assert len({job.build(".log") for job in jobs}) == 3
 
 

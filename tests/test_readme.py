@@ -1,35 +1,130 @@
-"""What the README tells users to type works as it stands there."""
+"""What README and docs tell users to type works as it stands, and what they say is recorded."""
 
 from __future__ import annotations
 
+import csv
+import importlib
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from dsvlib import accuracy
-from dsvlib._files import repository_root
+import dsvlib
 
-ROOT = repository_root()
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "notebooks/README.md")
+PAGES += tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 
 
-def test_code_blocks_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def run_blocks(page: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text(page), re.DOTALL):
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "figures").symlink_to(ROOT / "figures")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "dsvs.safetensors").is_file()
-    assert accuracy(names["network"], names["data"].test) > 0.5  # chance is 0.1
+    return tmp_path
+
+
+def test_the_readme_s_code_runs(folder: Path) -> None:
+    names = run_blocks("README.md")
+    assert names["solution"].status.successful
+    saved = dsvlib.SupportSet.load(folder / "dsvs.safetensors")
+    assert saved.labels.tolist() == list(range(10))
+    assert names["found"].samples.multipliers.min() >= 0
+
+
+def test_one_s_own_classifier_as_documented(folder: Path) -> None:
+    names = run_blocks("docs/own-classifier.md")
     assert names["pixels"].shape == (2, 3, 8, 8)
-    assert not (tmp_path / "dog-and-cat.state").exists()
+    assert not (folder / "dog-and-cat.state").exists()
+    assert dsvlib.accuracy(names["fresh"], dsvlib.load_dataset("digits").test) > 0.5  # chance 0.1
 
 
-def test_every_link_into_the_repository_leads_somewhere() -> None:
-    targets = re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", TEXT)
-    assert len(targets) > 10
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def test_the_readme_is_short() -> None:
+    assert len(text("README.md").splitlines()) <= 160
+    assert len(text("README.md").encode()) <= 14_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text(page)):
+        path, _, anchor = target.partition("#")
+        there = (ROOT / page).parent / path if path else ROOT / page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text("utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+            assert anchor in slugs, target
+
+
+@pytest.mark.parametrize(
+    ("words", "claim", "quantity"),
+    [
+        ("20.4 ± 2.0 %", "DSV-T2", "dsv_1_per_class_0_shot"),
+        ("0.75 ± 0.12", "DSV-F2b", "pearson_gradient"),
+    ],
+)
+def test_numbers_of_the_readme_are_recorded(words: str, claim: str, quantity: str) -> None:
+    with (ROOT / "data" / "results" / "cifar10.csv").open(encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if (r["claim"], r["quantity"]) == (claim, quantity)]
+    (row,) = rows
+    value, _, spread = words.removesuffix(" %").partition(" ± ")
+    digits = len(value.partition(".")[2])
+    assert words.removesuffix(" %") == f"{value} ± {spread}"
+    assert f"{float(row['value']):.{digits}f}" == value
+    assert f"{float(row['std']):.{digits}f}" == spread
+    assert words in text("README.md")
+    assert f"paper {row['paper_value']}" in text("README.md")
+
+
+def rows_of_the_map() -> list[list[str]]:
+    lines = [line for line in text("CONTRIBUTING.md").splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def test_the_map_of_equations_leads_to_functions() -> None:
+    assert len(rows_of_the_map()) > 25
+    for where, _, function, notebook in rows_of_the_map():
+        assert re.fullmatch(r"\[(\d\d)\]\(notebooks/\1_\w+\.ipynb\)", notebook), where
+        pairs = re.findall(r"`(dsvlib/[\w/]+)\.py` `(\w+)`", function)
+        assert pairs or function == "in the notebook", where
+        for module, name in pairs:
+            assert hasattr(importlib.import_module(module.replace("/", ".")), name), (module, name)
+
+
+def test_every_claim_has_its_row_in_the_map_and_its_notebook() -> None:
+    content = yaml.safe_load(text("companion/ledger/claims.yml"))
+    claims = {key: value for part in content.values() for key, value in part.items()}
+    listed = {}
+    for where, _, _, notebook in rows_of_the_map():
+        for claim in re.findall(r"\(([A-Z]+-\w+)\)", where):
+            listed[claim] = notebook[1:3]
+    assert listed == {claim: about["notebook"][:2] for claim, about in claims.items()}
+
+
+def test_commands_of_the_documents_exist() -> None:
+    commands = "\n".join(text(page) for page in PAGES)
+    targets = set(re.findall(r"\bmake ([a-z-]+)(?= |`|$)", commands, re.MULTILINE))
+    rules = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
+    assert targets - rules <= {"sure"}
+
+
+def test_the_public_names_in_documents_exist() -> None:
+    for page in PAGES:
+        for name in re.findall(r"dsvlib\.([A-Za-z_]+)", text(page)):
+            assert (
+                hasattr(dsvlib, name)
+                or (ROOT / "dsvlib" / f"{name}.py").exists()
+                or (ROOT / "dsvlib" / name).is_dir()
+            ), (page, name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from checkout import make_checkout, whole_run
 
 from companion.ledger.claims import claim_rows
 from companion.ledger.results import (
@@ -16,7 +17,6 @@ from companion.ledger.results import (
     measured,
     read_run,
     results,
-    results_folder,
     values_of,
     write_results,
 )
@@ -28,10 +28,9 @@ COMMITTED = sorted((repository_root() / "data" / "results").glob("*.csv"))
 
 @pytest.fixture
 def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("DSV_RUN_ID", "DSV_RUN_CONTEXT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DSV_FIGURES", str(tmp_path / "figures"))
-    run = Run.start("04_coresets", preset="quick", seed=3, parameters={"steps": 5})
+    make_checkout(tmp_path, monkeypatch)
+    with whole_run(tmp_path / "figures/quick/04_coresets"):
+        run = Run.start("04_coresets", preset="quick", seed=3, parameters={"steps": 5})
     run.save_table(pd.DataFrame({"x": [1]}), "sizes", caption="one")
     run.record("DSV-T1", "gain", 2.5, std=0.1, seeds=range(3), unit="points", paper=2.57)
     run.record("DSV-T1", "alone", 1.0, n=9, note="a, b")
@@ -41,7 +40,7 @@ def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_value_is_a_row(figures: Path) -> None:
     table, sidecar = write_results("quick")
-    assert table.parent == figures / "results"
+    assert table.parent == figures.parent / "data" / "results"
     gain, alone = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8")))
     assert (gain["quantity"], float(gain["value"]), gain["seeds"]) == ("gain", 2.5, "0 1 2")
     assert (gain["paper_value"], gain["unit"], gain["n"]) == ("2.57", "points", "3")
@@ -58,16 +57,16 @@ def test_a_changed_record_is_refused_and_nothing_is_written(figures: Path) -> No
     (figures / "quick" / "04_coresets" / "sizes.csv").write_text("x\n2\n")
     with pytest.raises(RecordError, match=r"sizes\.csv was changed"):
         write_results("quick")
-    assert not results_folder().exists()
+    assert not (figures.parent / "data").exists()
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_tables_are_those_of_the_records(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("DSV_FIGURES", raising=False)
+    monkeypatch.delenv("DSV_ROOT", raising=False)
     text, about = results(path.stem)
-    assert path.read_text(encoding="utf-8") == text, f"run dsv claims --scale {path.stem}"
+    assert path.read_text(encoding="utf-8") == text, f"run dsv record --preset {path.stem}"
     sidecar = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert sidecar["runs"] == about["runs"]
 
@@ -88,9 +87,10 @@ def test_a_value_has_as_many_digits_as_its_spread(value, std, unit, text) -> Non
     assert measured(value, std, unit) == text
 
 
-def run_at(seed: int, steps: int = 5, **values: float) -> Path:
+def run_at(root: Path, seed: int, steps: int = 5, **values: float) -> Path:
     parameters = {"seed": seed, "steps": steps}
-    run = Run.start("08_latent_labels", preset="quick", seed=seed, parameters=parameters)
+    with whole_run(root / "quick" / "08_latent_labels"):
+        run = Run.start("08_latent_labels", preset="quick", seed=seed, parameters=parameters)
     for name, value in values.items():
         run.record("DSV-F3", name, value, n=200, unit="%", paper=90, note="by one draw")
     run.save_table(
@@ -101,19 +101,11 @@ def run_at(seed: int, steps: int = 5, **values: float) -> Path:
     return run.directory
 
 
-def repeat_at(seed: int, figures: Path, monkeypatch: pytest.MonkeyPatch, **values: float) -> Path:
-    with monkeypatch.context() as patch:
-        patch.setenv("DSV_FIGURES", str(figures / "seeds" / str(seed)))
-        return run_at(seed, **values)
-
-
-def test_values_of_repetitions_are_taken_together(
-    figures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = run_at(0, flips=60.0, alone=1.0)
+def test_values_of_repetitions_are_taken_together(figures: Path) -> None:
+    folder = run_at(figures, 0, flips=60.0, alone=1.0)
     assert "repetitions" not in read_run(folder)
-    repeat_at(200, figures, monkeypatch, flips=66.0, late=2.0)
-    repeat_at(100, figures, monkeypatch, flips=63.0, late=4.0)
+    run_at(figures / "seeds" / "200", 200, flips=66.0, late=2.0)
+    run_at(figures / "seeds" / "100", 100, flips=63.0, late=4.0)
     found = {value.name: value for value in values_of(read_run(folder))}
     flips, alone, late = found["flips"], found["alone"], found["late"]
     assert (flips.value, flips.std, flips.n, flips.seeds) == (63.0, 3.0, 3, (0, 100, 200))
@@ -130,26 +122,22 @@ def test_values_of_repetitions_are_taken_together(
     assert listed[0]["folder"] == "figures/seeds/100/quick/08_latent_labels"
 
 
-def test_the_ledger_takes_the_verdicts_of_all_seeds_together(
-    figures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_at(0, classifier_dsv_difference=60.0)
-    repeat_at(100, figures, monkeypatch, classifier_dsv_difference=62.0)
+def test_the_ledger_takes_the_verdicts_of_all_seeds_together(figures: Path) -> None:
+    run_at(figures, 0, classifier_dsv_difference=60.0)
+    run_at(figures / "seeds" / "100", 100, classifier_dsv_difference=62.0)
     (row,) = (r for r in claim_rows("quick") if r.id == "DSV-F3")
     assert row.verdict == "partly"
     assert row.reason == "seed 0: reproduced; seed 100 partly"
     assert "61.0 ± 1.4 % (n = 2)" in row.measured
-    run_at(5, classifier_dsv_difference=60.0)  # a base run of another seed, and another verdict
+    run_at(
+        figures, 5, classifier_dsv_difference=60.0
+    )  # a base run of another seed, and another verdict
     (row,) = (r for r in claim_rows("quick") if r.id == "DSV-F3")
     assert row.reason == "seed 5: partly; the same verdict at seed 100"
 
 
-def test_a_repetition_of_another_experiment_is_refused(
-    figures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = run_at(0, flips=60.0)
-    with monkeypatch.context() as patch:
-        patch.setenv("DSV_FIGURES", str(figures / "seeds" / "7"))
-        run_at(7, steps=6, flips=1.0)
+def test_a_repetition_of_another_experiment_is_refused(figures: Path) -> None:
+    folder = run_at(figures, 0, flips=60.0)
+    run_at(figures / "seeds" / "7", 7, steps=6, flips=1.0)
     with pytest.raises(RecordError, match="same code, data and parameters, got others at seed 7"):
         read_run(folder)

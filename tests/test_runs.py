@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkout import whole_run
 from matplotlib.figure import Figure
 from PIL import Image
 
 import dsvlib
 from companion import runs as run_module
-from companion.runs import RecordError, Run, code_digest, is_current, read_record
+from companion.runs import RecordError, Run, code_digest, is_current, read_record, repository_root
 from dsvlib._errors import DsvError
 from dsvlib.support_set import SupportSet
 
@@ -67,12 +68,12 @@ def test_complete_run_is_published_and_described(checkout: Path) -> None:
     assert record["values"][0]["n"] == 3
     sidecar = json.loads((folder / "line.json").read_text())
     assert sidecar["alt"] == ALT
-    assert sidecar["scale"] == "digits · quick"
-    assert sidecar["command"] == "dsv reproduce --preset quick --only 01_line"
+    assert sidecar["scale"] == "digits · quick · run by hand"
+    assert sidecar["command"] == "notebooks/01_line.ipynb, run by hand"
     assert sidecar["parameters"] == {"steps": 5}  # where the data lie is private
     assert {"commit", "dirty", "data_digest", "seed", "environment"} <= set(sidecar)
     assert str(checkout) not in json.dumps(record)
-    assert list((checkout / "figures" / ".staging").iterdir()) == []
+    assert list((checkout / "build" / "by-hand" / ".staging").iterdir()) == []
 
 
 def test_nothing_is_published_before_complete(checkout: Path) -> None:
@@ -179,8 +180,8 @@ def test_full_disk_leaves_the_earlier_figures_whole(monkeypatch: pytest.MonkeyPa
 def test_unwritable_figures_folder_is_one_sentence(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (checkout / "figures").write_text("a file where a folder should be")
-    with pytest.raises(DsvError, match=r"cannot write to .*figures"):
+    (checkout / "build").write_text("a file where a folder should be")
+    with pytest.raises(DsvError, match=r"cannot write to .*by-hand"):
         start()
     monkeypatch.setenv("DSV_FIGURES", str(checkout / "elsewhere"))
     assert start().directory == checkout / "elsewhere" / "quick" / "01_line"
@@ -204,8 +205,10 @@ def test_bad_values_are_refused() -> None:
 
 
 def test_badge_follows_the_preset_unless_told_otherwise() -> None:
-    assert start(preset="smoke").badge == "smoke run · not a result"
-    assert start(preset="cifar10", scale="CIFAR-10 (JPEG copy)").badge == "CIFAR-10 (JPEG copy)"
+    assert start(preset="smoke").badge == "smoke run · not a result · run by hand"
+    with whole_run(repository_root() / "build/runs/cifar10/01_line"):
+        assert start(preset="cifar10").badge == "CIFAR-10 (JPEG copy) · reduced"
+        assert start(preset="cifar10", scale="CIFAR-10").badge == "CIFAR-10"
 
 
 def test_code_digest_follows_code_cells_and_lock(checkout: Path) -> None:

@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 import pytest
-from checkout import make_checkout, write_presets
+from checkout import make_checkout, whole_run, write_presets
 from docutils.core import publish_doctree
 from docutils.utils import SystemMessage
+from jinja2 import UndefinedError
 from matplotlib.figure import Figure
 
 import dsvlib
 from companion import cli
+from companion.ledger.figure_wall import PublishedRun, read_runs
 from companion.presets import read_presets
-from companion.runs import RecordError, Run
+from companion.runs import Run, figures_root
 from companion.site import build, content
+from companion.site.render import fragment, render
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import PACKAGE
 
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    root = make_checkout(tmp_path, monkeypatch)
-    for name in ("index.md", "claims.md", "conf.py"):
-        (root / "site").mkdir(exist_ok=True)
-        (root / "site" / name).write_text((PACKAGE.parent / "site" / name).read_text())
-    return root
+    return make_checkout(tmp_path, monkeypatch)
+
+
+def read_quick() -> list[PublishedRun]:
+    return read_runs(figures_root() / "quick", "figures/quick/")
 
 
 def publish(notebook: str = "01_line", preset: str = "quick", size: Any = (2, 1.5)) -> Path:
-    run = Run.start(
-        notebook, preset=preset, seed=3, parameters={"steps": 5, "why": "<b>"}, data_digest="d" * 64
-    )
+    with whole_run(figures_root() / preset / notebook):
+        parameters = {"steps": 5, "why": "<b>"}
+        run = Run.start(
+            notebook, preset=preset, seed=3, parameters=parameters, data_digest="d" * 64
+        )
     fig = Figure(figsize=size)
     fig.add_subplot().plot([0, 1])
     data = pd.DataFrame({"x": [0, 1]})
@@ -77,7 +82,7 @@ class Tags(HTMLParser):
 
 def test_wall_shows_figures_with_finding_and_files(checkout: Path) -> None:
     publish()
-    text = content.wall(content.read_figures("quick"), {"01_line": "01 · A line"})
+    text = content.wall(read_quick(), {"01_line": "01 · A line"})
     assert "\n\n" not in text, "an empty line ends a block of HTML in Markdown"
     tags = Tags(text)
     assert [image["alt"] for image in tags.all("img")] == ['A "line" that <rises>']
@@ -93,10 +98,9 @@ def test_wall_shows_figures_with_finding_and_files(checkout: Path) -> None:
 
 def test_why_panel_tells_command_parameters_commit_and_data(checkout: Path) -> None:
     publish()
-    (figure,) = content.read_figures("quick")["01_line"]
-    panel = content.why_panel(figure, up="../")
+    ((figure,),) = (run.figures for run in read_quick())
+    panel = fragment("wall.html", "why", figure, "../")
     Tags(panel)
-    assert "\n" not in panel
     assert "dsv reproduce --preset quick --only 01_line" in panel
     assert "steps = 5" in panel
     assert "&lt;b&gt;" in panel
@@ -111,16 +115,14 @@ def test_figures_of_other_code_say_so(checkout: Path) -> None:
     publish()
     path = checkout / "notebooks" / "01_line.ipynb"
     path.write_text(path.read_text().replace("steps: int = 5", "steps: int = 6"))
-    (figure,) = content.read_figures("quick")["01_line"]
+    ((figure,),) = (run.figures for run in read_quick())
     assert not figure.fresh
-    assert "older or newer than this checkout" in content.why_panel(figure)
+    assert "older or newer than this checkout" in fragment("wall.html", "why", figure)
 
 
 def test_run_that_is_not_whole_is_named_and_its_pictures_are_not_shown(checkout: Path) -> None:
     (publish() / "line_one.svg").unlink()
-    figures = content.read_figures("quick")
-    assert isinstance(figures["01_line"], RecordError)
-    text = content.wall(figures, {})
+    text = content.wall(read_quick(), {})
     assert "No complete run" in text
     assert "line_one.svg is missing" in text
     assert "<img" not in text
@@ -129,7 +131,7 @@ def test_run_that_is_not_whole_is_named_and_its_pictures_are_not_shown(checkout:
 @pytest.mark.parametrize(("size", "wide"), [((2, 1.5), False), ((6, 1), True)])
 def test_strips_take_a_row(checkout: Path, size: Any, wide: bool) -> None:
     publish(size=size)
-    (figure,) = content.read_figures("quick")["01_line"]
+    ((figure,),) = (run.figures for run in read_quick())
     assert figure.wide is wide
 
 
@@ -235,7 +237,7 @@ def test_exercises_are_found_in_both_ways_of_writing_them() -> None:
 
 def test_every_committed_exercise_is_on_the_page() -> None:
     for path in sorted((PACKAGE.parent / "notebooks").glob("[0-9]*.ipynb")):
-        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook = nbformat.read(path, as_version=4)
         stubs = [c for c in notebook["cells"] if "exercise" in c["metadata"].get("tags", [])]
         found = list(content.exercises(notebook))
         assert len(found) == len(stubs), path.name
@@ -246,8 +248,10 @@ def test_every_committed_exercise_is_on_the_page() -> None:
 
 def test_reference_names_everything_public_once() -> None:
     text = "\n".join(content.reference().values())
-    named = re.findall(r"^\.\. (?:auto\w+|py:data):: dsvlib\.[\w.]+\.(\w+)$", text, re.MULTILINE)
-    assert sorted(named) == dsvlib.__all__
+    named = re.findall(
+        r"^\.\. (?:autoclass|autofunction|py:data):: dsvlib\.[\w.]+\.(\w+)$", text, re.MULTILINE
+    )
+    assert sorted(named) == sorted(dsvlib.__all__)
     for module in content.public_names():
         assert f".. automodule:: dsvlib.{module}\n" in text
 
@@ -302,12 +306,11 @@ def test_missing_sphinx_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Monk
         build._sphinx(tmp_path)
 
 
-def test_markers_are_filled_once_or_refused() -> None:
-    assert content.fill("a <!-- x --> b", {"x": ["1", "2"]}) == "a 1\n2 b"
-    with pytest.raises(ValueError, match="expected <!-- y --> once in the page, got 0"):
-        content.fill("<!-- x -->", {"y": ""})
-    with pytest.raises(ValueError, match="no part for the marker <!-- x -->"):
-        content.fill("<!-- x -->", {})
+def test_a_value_that_a_page_lacks_is_refused_and_lines_are_joined() -> None:
+    page = render("claims.md", ledger="a\n\n<b>\u2028&")
+    assert page.endswith("\na &lt;b&gt; &amp;\n")
+    with pytest.raises(UndefinedError, match="'ledger' is undefined"):
+        render("claims.md")
 
 
 def test_site_of_no_run_is_one_line_and_a_status(

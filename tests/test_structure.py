@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,15 +24,41 @@ MODULES = sorted(
 )
 
 
-def test_imports_go_one_way():
-    result = subprocess.run(
-        [sys.executable, "-m", "importlinter.cli", "--no-cache"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+def contracts(root: Path) -> subprocess.CompletedProcess[str]:
+    """Hold the packages below `root` against the contracts of its pyproject.toml."""
+    code = (
+        "from importlinter.cli import lint_imports as check; raise SystemExit(check(no_cache=True))"
     )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+
+
+def test_imports_go_one_way():
+    result = contracts(ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "Contracts: 2 kept, 0 broken" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        ("logits.py", "import companion.runs", "not allowed to import companion"),
+        ("conditions.py", "def draw():\n    import seaborn", "not allowed to import seaborn"),
+        ("selection.py", "import dsvlib.multipliers", "not allowed to import dsvlib.multipliers"),
+        ("support_set.py", "import dsvlib.evaluation", "not allowed to import dsvlib.evaluation"),
+        ("drawer.py", "", "dsvlib.drawer"),  # a file that has no place yet
+    ],
+)
+def test_an_arrow_against_the_stream_is_noticed(tmp_path, file, line, broken):
+    for name in ("dsvlib", "companion"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / "dsvlib" / file).open("a") as source:
+        source.write(f"\n{line}\n")
+    result = contracts(tmp_path)
+    assert result.returncode != 0
+    assert broken in result.stdout
 
 
 def test_there_is_no_drawer_for_everything():
@@ -70,6 +97,10 @@ def test_the_promised_names_are_public():
     }
     assert promised <= set(dsvlib.__all__)
     assert set(dsvlib.__all__) <= set(dir(dsvlib))
+
+
+def test_there_are_few_public_names():
+    assert len(dsvlib.__all__) <= 56
 
 
 def test_unknown_name_is_an_attribute_error():
@@ -127,3 +158,14 @@ def test_style_and_types(command):
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_mistyped_name_is_refused_by_the_type_checker(tmp_path):
+    """`__init__` loads names on first use; the stub beside it tells tools their types."""
+    pytest.importorskip("mypy")
+    script = tmp_path / "typo.py"
+    script.write_text("import dsvlib\n\ndsvlib.synthesise_typo(1)\n")
+    command = [sys.executable, "-m", "mypy", "--cache-dir", ".mypy_cache", str(script)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert 'Module has no attribute "synthesise_typo"' in result.stdout

@@ -8,8 +8,8 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
+from companion import toy_problems
 from dsvlib import SupportSet, residuals
-from dsvlib.analysis import toy_problems
 
 
 def rng(number: int = 0) -> torch.Generator:

@@ -489,8 +489,26 @@ def test_an_error_of_the_model_itself_keeps_its_words():
         def forward(self, inputs: Tensor) -> Tensor:
             raise RuntimeError("my own bug")
 
-    with pytest.raises(RuntimeError, match=r"^my own bug$"):
-        accuracy(Broken(4, 3), problem())
+    for function in (train, accuracy):
+        with pytest.raises(RuntimeError, match=r"^my own bug"):
+            function(Broken(4, 3), problem())
+
+
+def test_networks_that_return_more_than_logits_are_trained():
+    class Rich(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = linear()
+
+        def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.inner(inputs), "features": inputs}
+
+    rich, plain = Rich(), linear()
+    config = TrainConfig(epochs=3, batch_size=16, polish_steps=2)
+    train(rich, problem(), config=config)
+    train(plain, problem(), config=config)
+    assert torch.equal(vector(rich), vector(plain))
+    assert accuracy(rich, problem()) == accuracy(plain, problem())
 
 
 @pytest.mark.parametrize("epochs", [0, 3])

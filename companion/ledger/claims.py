@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from companion.ledger.results import measured, repetitions, value_cells, values_of, whole_runs
-from companion.presets import notebook_names, read_presets
+from companion.presets import check_preset, notebook_names, read_presets
 from companion.runs import BADGES, Value, figures_root
 from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import atomic_path
@@ -61,11 +61,6 @@ COLUMNS = (
     *("quantity", "value", "std", "n", "seeds", "unit", "paper_value"),
     *("paper", "tolerance", "verdict", "reason"),
 )
-MARKERS = re.compile(
-    r"(?P<open><!-- (?P<kind>claims|headline) (?P<preset>\w+) -->\n)"
-    r".*?(?P<close><!-- /(?P=kind) -->)",
-    re.DOTALL,
-)
 
 
 @dataclass(frozen=True)
@@ -92,16 +87,12 @@ class ClaimRow:
 
     @property
     def measured(self) -> str:
-        """Our values as text, each with its spread and n."""
-        return "; ".join(self.lines) or "–"
-
-    @property
-    def lines(self) -> list[str]:
-        """Our values as text, one each, in the words of claims.yml."""
-        return [
-            f"{words}: {_number(value)}"
+        """Our values as text, each with its spread and n, in the words of claims.yml."""
+        parts = [
+            f"{words}: {measured(value.value, value.std, value.unit)} (n = {value.n})"
             for value, words in zip(self.values, self.words, strict=True)
         ]
+        return "; ".join(parts) or "–"
 
 
 @dataclass(frozen=True)
@@ -124,17 +115,17 @@ class _Claim:
         return self.photographs.get(name) or self.values.get(name) or name.replace("_", " ")
 
 
-def claim_rows(preset: str = "quick") -> list[ClaimRow]:
+def claim_rows(preset: str = "quick", root: Path | None = None) -> list[ClaimRow]:
     """Return the ledger of a preset, in the order of the papers, then our own questions.
 
+    `root` is the place of the runs: the recorded ones by default, or `companion.runs.own_root`.
     Raises RequestError for an unknown preset, RecordError for a record that was changed or does
     not fit its files, DsvError if claims.yml cannot be read.
     """
     presets = read_presets()
-    if preset not in presets:
-        raise RequestError.unknown("preset", preset, presets)
+    check_preset(preset, presets)
     claims = _read_claims()
-    records = whole_runs(preset)
+    records = whole_runs(preset, root)
     listed = {claim.id for claim in claims}
     for notebook, (_, record) in records.items():  # what a notebook records is never left out
         for claim in dict.fromkeys(value["claim"] for value in record["values"]):
@@ -298,7 +289,7 @@ def _short(name: str, cell: str) -> str:
 
 
 def write_claims(preset: str = "quick") -> list[Path]:
-    """Write the ledger of a preset as ``figures/claims/<preset>.csv`` and ``.md``.
+    """Write the ledger of a preset's recorded runs as ``figures/claims/<preset>.csv`` and ``.md``.
 
     The CSV has one line per claim and headline value, so that a number stays a number.
     """
@@ -341,30 +332,3 @@ def markdown(rows: Iterable[ClaimRow], notebooks: str = "notebooks") -> str:
         cells.append(f"{link} · {row.scale}" if exists else "–")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def headline(rows: Iterable[ClaimRow], notebooks: str = "notebooks") -> str:
-    """Return the papers' claims as a short Markdown table: ours, theirs, and the verdict."""
-    lines = ["| claim | ours | paper | verdict |", "|---|---|---|---|"]
-    for row in rows:
-        link = f"[{row.notebook[:2]}]({notebooks}/{row.notebook}.ipynb)"
-        claim = f"**{row.id}** {row.statement}"
-        ours = "<br>".join(row.lines) or "–"
-        cells = [claim, ours, row.paper, f"{SIGNS[row.verdict]} {row.verdict}, {link}"]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
-
-
-def fill_claims(text: str) -> str:
-    """Return `text` with the table between each pair of claims or headline markers made anew."""
-    tables = {"claims": markdown, "headline": headline}
-
-    def made(marker: re.Match[str]) -> str:
-        table = tables[marker["kind"]](claim_rows(marker["preset"]))
-        return f"{marker['open']}{table}\n{marker['close']}"
-
-    return MARKERS.sub(made, text)
-
-
-def _number(value: Value) -> str:
-    return f"{measured(value.value, value.std, value.unit)} (n = {value.n})"

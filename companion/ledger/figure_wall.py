@@ -1,24 +1,142 @@
-"""What recorded runs say: a summary for the terminal, a wall of figures, the README's tables.
+"""What published runs show: their figures, tables and values as a page, and a summary as text.
 
-All are made from the records and sidecars alone (`read_run` checks them); nothing runs here.
+All comes from the records and sidecars alone (`read_run` checks them); nothing runs here. What is
+committed has pictures, tables and sidecars only: other files are linked where they lie.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from companion.ledger.results import measured, read_run
-from companion.runs import RecordError, figures_root
+from companion.runs import RecordError, is_current, repository_root
+from companion.site.render import fragment, render
+from dsvlib._errors import explain
 from dsvlib._files import atomic_path
 
+STRIP = 2.6  # width over height from which a picture takes a row of the wall
+KINDS = {
+    ".csv": "tidy data (CSV)",
+    ".npz": "arrays (NPZ)",
+    ".safetensors": "samples (safetensors)",
+    ".svg": "vector picture (SVG)",
+}
 
-def _measured(value: Mapping[str, Any]) -> str:
-    return measured(value["value"], value["std"], value["unit"])
+
+@dataclass(frozen=True)
+class Entry:
+    """One published figure or table: its sidecar, and whether the present code would make it."""
+
+    folder: str  # the address of its notebook's folder
+    sidecar: Mapping[str, Any]
+    links: tuple[tuple[str, str], ...]  # the files that are there, each with what it is
+    fresh: bool
+    wide: bool = False  # a strip, to be shown over the wall's whole width
+
+    @property
+    def title(self) -> str:
+        """The entry's name in words."""
+        return str(self.sidecar["name"]).replace("_", " ").capitalize()
+
+    @property
+    def settings(self) -> list[str]:
+        """The notebook's parameters but for those that every page tells anyway."""
+        given = self.sidecar["parameters"].items()
+        return [
+            f"{name} = {json.dumps(value, ensure_ascii=False)}"
+            for name, value in given
+            if name not in {"preset", "seed"}
+        ]
+
+    @property
+    def picture(self) -> str:
+        """The address of the picture."""
+        return f"{self.folder}/{self.sidecar['name']}.png"
+
+    @property
+    def large(self) -> str:
+        """The address of the picture to look at closely."""
+        name = f"{self.sidecar['name']}.svg"
+        return f"{self.folder}/{name}" if name in dict(self.links) else self.picture
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """What one notebook published, or the `problem` for which nothing of it is shown."""
+
+    notebook: str
+    problem: str = ""
+    figures: tuple[Entry, ...] = ()
+    tables: tuple[Entry, ...] = ()
+    command: str = ""
+    seed: int = 0
+    values: tuple[tuple[str, ...], ...] = ()  # rows of text
+    repetitions: tuple[tuple[int, str], ...] = ()  # seed and address
+
+
+def read_runs(folder: Path, address: str = "") -> list[PublishedRun]:
+    """Return the runs below a preset's folder, to which `address` leads from the page."""
+    return [
+        _read(directory, f"{address}{directory.name}")
+        for directory in sorted(path for path in folder.glob("*") if path.is_dir())
+    ]
+
+
+def _read(directory: Path, address: str) -> PublishedRun:
+    try:
+        record = read_run(directory)
+        fresh = is_current(record)
+        names = [name for name in sorted(record["files"]) if name.endswith(".json")]
+        entries = [_entry(directory, name, address, fresh) for name in names]
+    except RecordError as error:
+        return PublishedRun(directory.name, problem=str(error))
+    return PublishedRun(
+        directory.name,
+        figures=tuple(entry for entry in entries if entry.sidecar["kind"] == "figure"),
+        tables=tuple(entry for entry in entries if entry.sidecar["kind"] != "figure"),
+        command=record["command"],
+        seed=record["seed"],
+        values=tuple(map(_cells, record["values"])),
+        repetitions=tuple(
+            (other["seed"], os.path.relpath(repository_root() / other["folder"], directory.parent))
+            for other in record.get("repetitions", ())
+        ),
+    )
+
+
+def _entry(directory: Path, name: str, address: str, fresh: bool) -> Entry:
+    sidecar = json.loads((directory / name).read_text(encoding="utf-8"))
+    stem = Path(name).stem
+    if sidecar.get("name") != stem:
+        raise RecordError(f"{directory.name}/{name}: expected the name {stem!r} in it")
+    listed = [*sidecar["files"], *sidecar.get("unpublished", ())]
+    links = [
+        (file, KINDS[Path(file).suffix])
+        for file in listed
+        if Path(file).stem == stem and Path(file).suffix in KINDS and (directory / file).is_file()
+    ]
+    picture = directory / f"{stem}.png"
+    wide = sidecar["kind"] == "figure" and _ratio(picture) > STRIP
+    return Entry(address, sidecar, (*links, (name, "sidecar (JSON)")), fresh, wide)
+
+
+def _ratio(picture: Path) -> float:
+    """Return the width over the height that a PNG's header gives."""
+    with picture.open("rb") as stream:
+        header = stream.read(24)
+    return int.from_bytes(header[16:20]) / max(1, int.from_bytes(header[20:24]))
+
+
+def _cells(value: Mapping[str, Any]) -> tuple[str, ...]:
+    paper = "" if value["paper"] is None else f"{value['paper']:.4g}"
+    shown = measured(value["value"], value["std"], value["unit"])
+    return value["claim"], value["name"], shown, str(value["n"]), paper
 
 
 def summary(directories: Iterable[Path]) -> str:
@@ -27,87 +145,28 @@ def summary(directories: Iterable[Path]) -> str:
     for directory in directories:
         with suppress(RecordError):
             for value in read_run(directory)["values"]:
-                paper = "" if value["paper"] is None else f"paper {value['paper']:.4g}"
-                rows.append((value["claim"], value["name"], _measured(value), paper))
+                claim, name, shown, _, paper = _cells(value)
+                rows.append((claim, name, shown, paper and f"paper {paper}"))
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
     lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def write_wall(preset: str) -> Path:
-    """Write ``figures/<preset>/README.md``, a wall of its figures made from the sidecars alone."""
-    folder = figures_root() / preset
-    parts = [f"# Figures: {preset}", "", f"Made by `dsv reproduce --preset {preset}`.", ""]
-    for directory in sorted(p for p in folder.glob("*") if p.is_dir()):
-        parts += [f"## {directory.name}", ""]
-        try:
-            record = read_run(directory)
-        except RecordError as error:
-            parts += [f"*No complete run: {error}*", ""]
-            continue
-        sidecars = [name for name in sorted(record["files"]) if name.endswith(".json")]
-        for name in sidecars:
-            parts += _wall_entry(directory, json.loads((directory / name).read_text("utf-8")))
-        if again := record.get("repetitions"):
-            links = [f"[seed {other['seed']}](../../{other['folder']})" for other in again]
-            parts += [f"Pictures of seed {record['seed']}, values over the seeds; pictures of the "
-                      f"others: {', '.join(links)}.", ""]  # fmt: skip
-        if record["values"]:
-            parts += ["| claim | quantity | value | n | paper |", "|---|---|---|---|---|"]
-            for v in record["values"]:
-                paper = "" if v["paper"] is None else f"{v['paper']:.4g}"
-                cells = (v["claim"], v["name"], _measured(v), str(v["n"]), paper)
-                parts.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-            parts.append("")
-    path = folder / "README.md"
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
-    return path
+def write_wall(folder: Path, report: str = "") -> Path:
+    """Write the page of a preset's runs below `folder` and return it.
 
-
-def _wall_entry(directory: Path, sidecar: Mapping[str, Any]) -> list[str]:
-    stem = f"{directory.name}/{sidecar['name']}"
-    links = [f"[{Path(n).suffix[1:]}]({directory.name}/{n})" for n in sidecar["files"]]
-    links = [link for link in links if not link.startswith("[png]")]
-    links.append(f"[how it was made]({stem}.json)")
-    alt = " ".join(sidecar["alt"].split()).replace("[", "(").replace("]", ")")
-    picture = [f"![{alt}]({stem}.png)", ""] if sidecar["kind"] == "figure" else []
-    title = sidecar["caption"] or sidecar["name"]
-    text = f"**{sidecar['scale']}** · {title} · {' · '.join(links)}"
-    return [*picture, text, "", f"`{sidecar['command']}`", ""]
-
-
-# A README names the values that it wants to show; what stands below the marker is never typed in.
-RESULTS = re.compile(
-    r"(?P<open><!-- results (?P<preset>\w+):(?P<wanted>[^>]*?)-->\n)"
-    r".*?(?P<close><!-- /results -->)",
-    re.DOTALL,
-)
-
-
-def fill_results(text: str) -> str:
-    """Return `text` with every table between result markers made anew from the records.
-
-    A marker lists ``claim/name`` pairs, one per line. A value that no whole run recorded is shown
-    as not run, never left out.
+    What is recorded gets a ``README.md``; one's own runs get an ``index.html`` as well, the page to
+    open, with `report` on top: how they compare with what is recorded.
     """
-    return RESULTS.sub(_results_table, text)
-
-
-def _results_table(marker: re.Match[str]) -> str:
-    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for directory in sorted((figures_root() / marker["preset"]).glob("*/")):
-        with suppress(RecordError):
-            for value in read_run(directory)["values"]:
-                found[f"{value['claim']}/{value['name']}"] = directory.name, value
-    lines = ["| claim | quantity | measured | n | paper | notebook |", "|---|---|---|---|---|---|"]
-    for wanted in marker["wanted"].split():
-        claim, _, name = wanted.partition("/")
-        cells = [claim, name.replace("_", " "), "not run", "", "", ""]
-        if wanted in found:
-            notebook, value = found[wanted]
-            paper = "–" if value["paper"] is None else f"{value['paper']:.4g}"
-            link = f"[{notebook[:2]}](notebooks/{notebook}.ipynb)"
-            cells[2:] = _measured(value), str(value["n"]), paper, link
-        lines.append("| " + " | ".join(cells) + " |")
-    return marker["open"] + "\n".join(lines) + "\n" + marker["close"]
+    figures = fragment("wall.html", "folder", read_runs(folder))
+    pages = {"README.md": render("folder.md", preset=folder.name, figures=figures)}
+    if not folder.is_relative_to(repository_root() / "figures"):
+        lines = report.splitlines()
+        pages["index.html"] = render(
+            "folder.html", preset=folder.name, figures=figures, report=lines
+        )
+    with explain("write to", folder):
+        for name, text in pages.items():
+            with atomic_path(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    return folder / list(pages)[-1]

@@ -16,9 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from companion.presets import REPETITIONS
 from companion.runs import (
     RECORD,
+    REPETITIONS,
     RecordError,
     Value,
     figures_root,
@@ -40,9 +40,12 @@ ABOUT = (
 SAME = ("code", "data_digest", "checkpoints")  # in all runs that are taken together
 
 
-def whole_runs(preset: str) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Return folder and record of a preset's whole runs; a record that is there must be sound."""
-    folders = sorted(figures_root().joinpath(preset).glob("*/"))
+def whole_runs(preset: str, root: Path | None = None) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Return folder and record of a preset's whole runs; a record that is there must be sound.
+
+    `root` is the place where they lie, by default that of the recorded ones.
+    """
+    folders = sorted((root or figures_root()).joinpath(preset).glob("*/"))
     return {path.name: (path, read_run(path)) for path in folders if (path / RECORD).exists()}
 
 
@@ -67,7 +70,7 @@ def read_run(directory: Path) -> dict[str, Any]:
             )
     about = ("seed", "commit", "dirty", "seconds", "finished")
     listed = [
-        {"folder": f"figures/{folder.relative_to(figures_root()).as_posix()}"}
+        {"folder": folder.relative_to(repository_root()).as_posix()}
         | {name: other[name] for name in about}
         | {"record": file_digest(folder / RECORD)}
         for folder, other in zip(folders, others, strict=True)
@@ -79,7 +82,7 @@ def read_run(directory: Path) -> dict[str, Any]:
 def repetitions(directory: Path) -> list[Path]:
     """Return where the same notebook of the same preset was published at further seeds."""
     preset, notebook = directory.parts[-2:]
-    found = figures_root().joinpath(REPETITIONS).glob(f"*/{preset}/{notebook}/{RECORD}")
+    found = directory.parents[1].joinpath(REPETITIONS).glob(f"*/{preset}/{notebook}/{RECORD}")
     return sorted((path.parent for path in found), key=lambda folder: int(folder.parts[-3]))
 
 
@@ -144,7 +147,7 @@ def value_cells(value: Value) -> list[str]:
 
 
 def results(preset: str) -> tuple[str, dict[str, Any]]:
-    """Return the table of a preset as CSV, and what its sidecar says.
+    """Return the table of a preset's recorded runs as CSV, and what its sidecar says.
 
     Raises RecordError for a run that was changed after it was published.
     """
@@ -167,17 +170,10 @@ def results(preset: str) -> tuple[str, dict[str, Any]]:
 def write_results(preset: str) -> list[Path]:
     """Write ``data/results/<preset>.csv`` and ``.json`` and return their paths."""
     text, about = results(preset)
-    stem = results_folder() / preset
+    stem = repository_root() / "data" / "results" / preset
     table, sidecar = stem.with_suffix(".csv"), stem.with_suffix(".json")
     with explain("write to", stem.parent):
         with atomic_path(table) as temporary:
             temporary.write_text(text, encoding="utf-8")
         write_json(sidecar, about | {"files": {table.name: file_digest(table)}})
     return [table, sidecar]
-
-
-def results_folder() -> Path:
-    """Return where the tables lie: beside the figures if these are elsewhere, else in data/."""
-    if figures_root() == repository_root() / "figures":
-        return repository_root() / "data" / "results"
-    return figures_root() / "results"

@@ -86,7 +86,7 @@ def rerun(
     """
     wanted = cell.parameters | {"preset": cell.preset, "seed": cell.seed}
     wanted |= {"device": device, "data_root": data_root or ""}
-    for name in sorted(set(wanted) - set(read_parameters(NOTEBOOK))):
+    for name in sorted(set(wanted) - set(read_parameters(NOTEBOOK).model_fields)):
         echo(
             f"the recorded run had {name} = {wanted.pop(name)!r}, which {NOTEBOOK} now fixes itself"
         )

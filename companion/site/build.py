@@ -12,16 +12,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from companion.graph import up_to_date
 from companion.ledger.claims import claim_rows
+from companion.ledger.figure_wall import read_runs
 from companion.notebooks import normalise
 from companion.presets import notebook_names, plan, read_presets
-from companion.runs import BADGES, RecordError, figures_root, repository_root
+from companion.runs import BADGES, figures_root, repository_root
 from companion.site import content
+from companion.site.render import render
+from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError, explain
 
 
@@ -34,8 +36,8 @@ def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) 
     presets = read_presets()
     if preset not in presets:
         raise RequestError.unknown("preset", preset, presets)
-    figures = content.read_figures(preset)
-    if not any(isinstance(content, list) for content in figures.values()):
+    runs = read_runs(figures_root() / preset)
+    if all(run.problem for run in runs):
         raise DsvError(
             f"no complete run of preset {preset!r} to show; run dsv reproduce --preset {preset}"
         )
@@ -50,9 +52,9 @@ def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) 
             os.replace(work / "html", html)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    broken = [str(content) for content in figures.values() if isinstance(content, RecordError)]
-    for problem in broken:
-        echo(problem)
+    for run in runs:
+        if run.problem:
+            echo(run.problem)
     count = sum(1 for _ in html.rglob("*.html"))
     echo(f"{count} pages in {os.path.relpath(html)}; open {os.path.relpath(html / 'index.html')}")
     return html
@@ -90,55 +92,40 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
 def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str]) -> None:
     others = []
     for name in read_presets():
-        figures = content.read_figures(name)
-        shown = {k: v for k, v in figures.items() if isinstance(v, list)}
+        runs = read_runs(figures_root() / name, f"figures/{name}/")
         # a smoke run is no result: it is shown only where it was asked for by name
-        if not shown or (name == "smoke" and preset != "smoke"):
+        if all(run.problem for run in runs) or (name == "smoke" and preset != "smoke"):
             continue
-        for notebook in shown:
-            folder = figures_root() / name / notebook
-            shutil.copytree(folder, extra / "figures" / name / notebook)
+        for entry in (entry for run in runs for entry in run.figures):
+            for file, _ in (*entry.links, (Path(entry.picture).name, "")):
+                target = extra / entry.folder / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(figures_root() / name / target.parent.name / file, target)
         if name == preset:
-            own = figures
-        else:
-            others.append(f"Figures: {name} <wall/{name}>")
-            _write(source / "wall" / f"{name}.md", _wall_page(name, figures, titles))
-    claims, hero = claim_rows(preset), _first_figure(own)
-    template = (repository_root() / "site" / "index.md").read_text(encoding="utf-8")
-    parts = {
-        "hero": f'<div class="hero">{content.card(hero)}</div>' if hero else "",
-        "verdicts": content.verdict_summary(claims),
-        "wall": content.wall(own, titles, shown=hero),
-        "walls": others,
-        "notebooks": [f"notebooks/{name}" for name in titles],
-    }
-    _write(source / "index.md", content.fill(template, parts))
-    template = (repository_root() / "site" / "claims.md").read_text(encoding="utf-8")
-    _write(source / "claims.md", content.fill(template, {"ledger": content.ledger(claims, titles)}))
-
-
-def _wall_page(
-    preset: str, figures: Mapping[str, list[content.Figure] | RecordError], titles: dict[str, str]
-) -> str:
-    """Return the page of another scale: its wall, and below it the ledger as it stands there."""
-    return "\n\n".join(
-        [
-            f"---\nhide-toc: true\n---\n\n# Figures: {BADGES.get(preset, preset)}",
-            f'<p class="lead">Made by <code>dsv reproduce --preset {preset}</code>.</p>',
-            content.wall(figures, titles, up="../"),
-            "## The ledger at this scale",
-            content.ledger(claim_rows(preset), titles, up="../"),
-            "",
-        ]
+            own = runs
+            continue
+        others.append(name)
+        page = render(
+            "scale.md",
+            badge=BADGES.get(name, name),
+            preset=name,
+            wall=content.wall(runs, titles, up="../"),
+            ledger=content.ledger(claim_rows(name), titles, up="../"),
+        )
+        _write(source / "wall" / f"{name}.md", page)
+    claims = claim_rows(preset)
+    # the picture for the top of the site: the first notebook's first
+    hero = next((entry for run in own for entry in run.figures), None)
+    page = render(
+        "index.md",
+        hero=hero and content.card(hero),
+        verdicts=content.verdict_summary(claims),
+        wall=content.wall(own, titles, shown=hero),
+        others=others,
+        notebooks=list(titles),
     )
-
-
-def _first_figure(
-    figures: Mapping[str, list[content.Figure] | RecordError],
-) -> content.Figure | None:
-    """Return the picture for the top of the site: the first notebook's first."""
-    lists = [content for content in figures.values() if isinstance(content, list)]
-    return next((figure for content in lists for figure in content), None)
+    _write(source / "index.md", page)
+    _write(source / "claims.md", render("claims.md", ledger=content.ledger(claims, titles)))
 
 
 def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:
@@ -149,20 +136,19 @@ def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:
     if up_to_date(job):
         return job.build(".ipynb"), content.badge(preset, BADGES.get(preset, preset))
     # what is committed was run at quick
-    return repository_root() / "notebooks" / f"{name}.ipynb", content.badge(
-        "quick", BADGES["quick"]
-    )
+    path = repository_root() / "notebooks" / f"{name}.ipynb"
+    return path, content.badge("quick", BADGES["quick"])
 
 
 def _read_notebook(path: Path, name: str) -> dict[str, Any]:
     import nbformat
 
     try:
-        content = nbformat.read(path, as_version=4)
+        executed = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
         raise DsvError(f"{path.name}: expected a Jupyter notebook, got {error}") from error
     source = repository_root() / "notebooks" / f"{name}.ipynb"
-    return dict(json.loads(json.dumps(normalise(content, source))))
+    return dict(json.loads(json.dumps(normalise(executed, source))))
 
 
 def _write(path: Path, text: str) -> None:

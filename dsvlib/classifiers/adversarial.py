@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsvlib._validation import check_count, check_number
-from dsvlib.frozen import evaluation_mode
+from dsvlib.frozen import as_logits, evaluation_mode
 from dsvlib.logits import LossFn
 
 
@@ -57,7 +57,9 @@ def attack(
     with evaluation_mode(model), torch.enable_grad():
         for _ in range(config.steps):
             moved = moved.detach().clamp(0, 1).requires_grad_()
-            loss = loss_fn(model((moved - offset) / scale).to(inputs.dtype), labels).sum()
+            loss = loss_fn(
+                as_logits(model((moved - offset) / scale)).to(inputs.dtype), labels
+            ).sum()
             (slope,) = torch.autograd.grad(loss, moved)
             shift = moved.detach() + length * slope / _norm(slope).clamp(min=1e-12) - pixels
             moved = pixels + shift * (config.radius / _norm(shift).clamp(min=config.radius))

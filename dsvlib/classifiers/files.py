@@ -21,20 +21,21 @@ from dsvlib._files import (
     file_digest,
     read_safetensors,
 )
-from dsvlib.classifiers.architectures import ModelSpec, build_model
+from dsvlib.classifiers.architectures import ModelSpec, build_model, unwrapped
 
 FORMAT = "dsvlib.classifier.v1"
 DIGESTS = Path(__file__).with_name("SHA256SUMS")  # of the shipped ones, as sha256sum writes them
 
 
 def save_classifier(path: str | os.PathLike[str], model: nn.Module, **metadata: Any) -> None:
-    """Write a classifier that `build_model` made, whole or not at all.
+    """Write a classifier that `build_model` made, wrapped or not, whole or not at all.
 
     `metadata` is any JSON: by convention `dataset`, `classes`, `mean`, `std` and how it was
     trained. Raises TypeError for a model of unknown architecture or metadata that is no JSON.
     """
     from safetensors.torch import save_file
 
+    model = unwrapped(model)
     spec = getattr(model, "spec", None)
     if not isinstance(spec, ModelSpec):
         raise TypeError(

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from dsvlib._files import foreign_content
 from dsvlib._validation import suggestion
+from dsvlib.classifiers.architectures import unwrapped
 from dsvlib.classifiers.files import check_state, load_classifier
-from dsvlib.frozen import evaluation_mode
+from dsvlib.frozen import evaluation_mode, read_logits
 
 TORCHVISION = "torchvision:"
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")  # of a file's dict
@@ -63,7 +65,7 @@ class Classifier:
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", unwrapped(self.model))
         object.__setattr__(self, "classes", _class_names(self.classes))
-        for field, kind in (("mean", float), ("std", float), ("shape", int)):
+        for field, kind in (("mean", float), ("std", float), ("shape", index)):
             object.__setattr__(self, field, _numbers(field, getattr(self, field), kind))
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(
@@ -75,11 +77,7 @@ class Classifier:
                 f"std > 0, got mean {self.mean} and std {self.std}; take those that the network "
                 f"was trained with"
             )
-        if not all(value <= 1 for value in (*self.mean, *self.std)):  # a NaN fails it too
-            raise ValueError(
-                f"mean and std: expected those of pixels in [0, 1], got mean {self.mean} and std "
-                f"{self.std}; divide by 255 what was taken of pixels from 0 to 255"
-            )
+        _check_unit_range(self.mean, self.std)
         if not self.classes:
             raise ValueError("classes: expected one name per logit, got none; name the classes")
         logits = _count_logits(self.model, self.shape, self.name or "model")
@@ -108,6 +106,7 @@ class Classifier:
                 f"expected {self.shape[0]} channels, as {self.name or 'the classifier'} reads, got "
                 f"{shape[0]} with {len(mean)} means and {len(std)} stds; convert the images before"
             )
+        _check_unit_range(mean, std)
         return _Reading(self, mean, std).eval()
 
     def labels(self, wanted: Sequence[int | str]) -> Tensor:
@@ -144,17 +143,6 @@ class Classifier:
         return int(name)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network that DataParallel or torch.compile wrapped, which shares its weights."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 def _class_names(classes: object) -> tuple[str, ...]:
     if isinstance(classes, str | bytes | set | frozenset) or not isinstance(classes, Iterable):
         raise TypeError(
@@ -176,6 +164,14 @@ def _class_names(classes: object) -> tuple[str, ...]:
         ) from None
 
 
+def _check_unit_range(mean: Sequence[float], std: Sequence[float]) -> None:
+    if not all(value <= 1 for value in (*mean, *std)):  # a NaN fails it too
+        raise ValueError(
+            f"mean and std: expected those of pixels in [0, 1], got mean {mean} and std {std}; "
+            f"divide by 255 what was taken of pixels from 0 to 255"
+        )
+
+
 def _numbers(field: str, values: object, kind: Callable[[Any], Any]) -> tuple[Any, ...]:
     try:
         if isinstance(values, str | bytes | set | frozenset | Mapping):
@@ -189,27 +185,35 @@ def _numbers(field: str, values: object, kind: Callable[[Any], Any]) -> tuple[An
 
 
 def _count_logits(model: nn.Module, shape: Sequence[int], name: str) -> int:
-    """Return K from one forward pass; buffers that a forward pass changes are put back."""
+    """Return K from one forward pass of two inputs, which leaves the network as it was."""
     like = next(model.parameters(), torch.zeros(()))
     inputs = torch.zeros(2, *shape, device=like.device, dtype=like.dtype)
-    buffers = {key: value.clone() for key, value in model.named_buffers()}
     with evaluation_mode(model), torch.no_grad():
         try:
-            output = model(inputs)
+            return read_logits(model, {}, inputs).shape[1]
+        except (ValueError, TypeError) as error:  # which say what was expected
+            raise ValueError(f"{name}: {error}") from error
         except Exception as error:  # of code that is not ours
             raise ValueError(
                 f"{name}: expected a network that reads inputs of shape {list(inputs.shape)}, got "
-                f"{type(error).__name__}: {error}; give the shape that it was trained with"
+                f"{type(error).__name__}: {error}; mend it, or give the shape that it reads"
             ) from error
-        finally:
-            for key, value in model.named_buffers():
-                value.copy_(buffers.get(key, value))
-    if not isinstance(output, Tensor) or output.shape[:1] != (2,) or output.ndim != 2:
-        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"{name}: expected logits [n, K] for two inputs, got {got}; return them alone"
-        )
-    return output.shape[1]
+
+
+class _Chosen(nn.Module):
+    """A network whose logits are one entry of what it returns."""
+
+    def __init__(self, model: nn.Module, output: int | str | Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits [n, K]."""
+        returned = self.model(inputs)
+        if callable(self.output):
+            return self.output(returned)
+        logits: Tensor = returned[self.output]
+        return logits
 
 
 class _Reading(nn.Module):
@@ -243,6 +247,7 @@ def open_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     shape: Sequence[int] | None = None,
+    output: int | str | Callable[[Any], Tensor] | None = None,
     root: str | os.PathLike[str] | None = None,
 ) -> Classifier:
     """Return a classifier from a file, from torchvision or from code of one's own.
@@ -261,6 +266,9 @@ def open_classifier(
         code) instead of a download.
     classes, mean, std, shape
         As in `Classifier`; needed for one's own network, and replace what is known of the others.
+    output
+        Which entry of what the network returns are the logits, by number or name, or a function of
+        it; default: the output itself, its ``.logits`` or its ``"logits"``.
     root
         A folder in which shipped ones are looked for too.
 
@@ -292,6 +300,8 @@ def open_classifier(
     model = unwrapped(model)
     if weights is not None:
         load_weights(model, weights)
+    if output is not None:
+        model = _Chosen(model, output)
     known |= given
     missing = [key for key in ("classes", "mean", "std", "shape") if key not in known]
     if missing:

@@ -8,7 +8,6 @@ exactly with all λᵢ = 1/(w·n). This is why decay is part of the gradient her
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from dsvlib.augmentation import AugmentationConfig, augment
 from dsvlib.classifiers.adversarial import AdversarialConfig, attack
 from dsvlib.data.datasets import AnySplit, as_split
 from dsvlib.data.datasets import Labelled as Labelled
-from dsvlib.frozen import device_of, evaluation_mode
+from dsvlib.frozen import as_logits, device_of, evaluation_mode, read_logits
 from dsvlib.logits import LossFn, cross_entropy, is_feasible, predict
 
 
@@ -177,7 +176,7 @@ def train(
                     if config.adversarial is not None:
                         x = attack(model, x, y, config=config.adversarial, mean=mean, std=std,
                                    loss_fn=losses_of, generator=generator)  # fmt: skip
-                    logits = model(x)
+                    logits = as_logits(model(x))
                 logits = logits.to(x.dtype)
                 losses = losses_of(logits, y)
                 optimizer.zero_grad(set_to_none=True)
@@ -270,7 +269,7 @@ def _polish(
             for x, y in zip(
                 inputs.split(config.batch_size), labels.split(config.batch_size), strict=True
             ):
-                (losses_of(model(x), y).sum() / len(inputs)).backward()
+                (losses_of(as_logits(model(x)), y).sum() / len(inputs)).backward()
             optimizer.step()
             scheduler.step()
     if not all(bool(torch.isfinite(p).all()) for p in trained):
@@ -317,19 +316,15 @@ def _check_last_batch(model: nn.Module, inputs: Tensor, size: int) -> None:
 
 def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Tensor:
     """Return the logits of all `inputs` [n, K], batch by batch, without a graph."""
-    device = device_of(model)
+    like = next((p for p in model.parameters() if p.is_floating_point()), inputs)
+    if inputs.dtype != like.dtype:
+        raise ValueError(
+            f"inputs: expected {like.dtype} as the model's parameters, got {inputs.dtype}; move "
+            f"one to the other with .to(…)"
+        )
     with evaluation_mode(model), torch.no_grad():
-        try:
-            return torch.cat([model(batch.to(device)) for batch in inputs.split(batch_size)])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if not re.search(r"shape|size|dim|dtype|type|channel", str(error)):
-                raise  # the model's own, for other reasons
-            raise ValueError(
-                f"inputs: expected a shape and dtype that the model can read, got "
-                f"{list(inputs.shape)} {inputs.dtype} (PyTorch says: {error})"
-            ) from error
+        batches = (batch.to(like.device) for batch in inputs.split(batch_size))
+        return torch.cat([read_logits(model, {}, batch) for batch in batches])
 
 
 def accuracy(model: nn.Module, split: AnySplit) -> float:

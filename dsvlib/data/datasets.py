@@ -212,11 +212,12 @@ def load_dataset(
         stratified split into 1,347 training and 450 test images), ``"cifar10"``, ``"cifar100"``,
         ``"svhn"``, ``"mnist"``, ``"fashion_mnist"`` (torchvision's copies, downloaded on demand
         and checked), ``"cifar10-jpeg"`` and ``"imagenette-64"`` (folders of image files below
-        `root`), or ``"folder:PATH"`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``.
+        `root`), or ``"folder:PATH"`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``
+        (or ``val``; `folders` says how files are read).
     root
         Where downloads live (default: ``data/downloads`` in a checkout, else the cache).
     image_size
-        Height and width to resize to.
+        Height and width to resize to; what folders with images of several sizes need.
     limit
         Keep at most this many images of each split, the first of every class in turn.
 

@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 from checkout import BODY, END, PARAMETERS, make_checkout, publish, write_notebook, write_presets
 
-from companion import graph
-from companion.graph import mark, stamp, up_to_date
+from companion import workflow
 from companion.ledger.results import read_run, values_of
 from companion.presets import plan
 from companion.runs import read_record
-from companion.workflow import reproduce
+from companion.workflow import done, forget, reproduce, up_to_date
 from dsvlib._errors import DsvError
 from dsvlib._files import PACKAGE
 
@@ -63,15 +62,15 @@ def test_other_images_under_the_same_path_make_a_run_stale(
     publish(job)
     assert up_to_date(job)
     picture.write_bytes(b"two")
-    graph._images.cache_clear()  # another process would look anew
+    workflow._images.cache_clear()  # another process would look anew
     assert not up_to_date(job)
     picture.write_bytes(b"one")
-    graph._images.cache_clear()
+    workflow._images.cache_clear()
     assert up_to_date(job), "a copy with other file times is the same data"
 
 
 @pytest.mark.parametrize(("profile", "threads"), [("slurm", ""), ("kubernetes", "2")])
-def test_profile_plans_the_notebooks_and_the_ledger(
+def test_profile_plans_the_notebooks_and_the_comparison(
     checkout: Path, profile: str, threads: str
 ) -> None:
     write_notebook(checkout, "02_more", END)
@@ -80,38 +79,45 @@ def test_profile_plans_the_notebooks_and_the_ledger(
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert re.search(r"^notebook +1$", said, re.MULTILINE), said
-    assert re.search(r"^ledger +1$", said, re.MULTILINE)
+    assert re.search(r"^comparison +1$", said, re.MULTILINE)
     assert "mem_mb=4096" in said
     assert not threads or f"threads: {threads}" in said
     assert not re.search(r"^checkpoint ", said, re.MULTILINE), "shipped ones are not trained anew"
 
 
-def test_stamps_follow_digests_and_not_times(checkout: Path) -> None:
+def test_outputs_follow_digests_and_not_times(checkout: Path) -> None:
     write_notebook(checkout, "02_more", END)
     jobs = plan()
     folder = publish(jobs[0])
-    assert mark(jobs) == jobs[1:]
-    assert stamp(jobs[0]).is_file()
+    assert forget(jobs) == jobs[1:]
+    assert done(jobs[0]).is_file()
     os.utime(checkout / "notebooks" / "01_line.ipynb")  # as a checkout does
-    assert mark(jobs) == jobs[1:]
-    assert mark(jobs, force=True) == jobs
-    mark(jobs)
-    (folder / "line.csv").write_text("x")
+    assert forget(jobs) == jobs[1:]
+    assert forget(jobs, force=True) == jobs
+    assert not done(jobs[0]).exists()
+    publish(jobs[0])
+    (folder / "line.csv").write_text("x")  # not of the record
+    assert forget(jobs) == jobs[1:]
     (folder / "record.json").write_text("{")
-    assert mark(jobs) == jobs
-    assert not stamp(jobs[0]).exists()
+    assert forget(jobs) == jobs
+    assert not done(jobs[0]).exists()
 
 
-def test_sources_leave_out_what_cannot_change_a_number() -> None:
-    names = {Path(path).name for path in graph.sources()}
-    assert "synthesis.py" in names
-    assert not names & {"graph.py", "claims.py", "cli.py", "reproduce.py"}
+def test_code_changed_and_changed_back_runs_again(checkout: Path) -> None:
+    """What stands there after A, B is of B: going back to A is no reason to take it for A's."""
+    (job,) = plan()
+    publish(job)
+    write_notebook(checkout, "01_line", BODY, "pass", END)
+    forget([job])
+    publish(job)
+    write_notebook(checkout, "01_line", BODY, END)
+    assert forget([job]) == [job]
 
 
 def test_without_a_snakefile_is_one_sentence(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "PACKAGE", checkout / "elsewhere" / "dsvlib")
+    monkeypatch.setattr(workflow, "PACKAGE", checkout / "elsewhere" / "dsvlib")
     with pytest.raises(DsvError, match="Snakefile, found none"):
         reproduce(echo=lambda _: None)
 
@@ -122,8 +128,8 @@ def test_snakemake_that_does_not_start_is_reported(
     (checkout / "Snakefile").write_text("raise WorkflowError('no such luck')\n")
     said: list[str] = []
     assert not reproduce(echo=said.append)
-    assert "[1/1] 01_line · FAILED: not started, snakemake ended with status 1" in said[-1]
-    assert "log: build/snakemake.log" in said[-1]
+    assert "01_line · FAILED: not started, snakemake ended with status 1" in said[0]
+    assert "log: build/snakemake.log" in said[0]
 
 
 @pytest.mark.slow
@@ -152,12 +158,13 @@ while not all(Path(f"../{{other}}.here").exists() for other in ("01_line", "02_m
 
 
 @pytest.mark.slow
-def test_plain_snakemake_runs_notebook_and_ledger_and_then_nothing(checkout: Path) -> None:
+def test_plain_snakemake_runs_and_compares_and_then_does_nothing(checkout: Path) -> None:
     done = snakemake(checkout, "--cores", "2", "--config", "preset=smoke")
     assert done.returncode == 0, done.stderr
     assert "01_line · done in" in done.stdout
-    assert read_record(checkout / "figures" / "smoke" / "01_line")
-    assert (checkout / "figures" / "claims" / "smoke.csv").is_file()
+    assert read_record(checkout / "build" / "runs" / "smoke" / "01_line")
+    assert (checkout / "build" / "runs" / "smoke" / "README.md").is_file()
+    assert not (checkout / "figures").exists()
     again = snakemake(checkout, "--cores", "2", "--config", "preset=smoke")
     assert again.returncode == 0
     assert "Nothing to be done" in again.stdout + again.stderr
@@ -176,12 +183,12 @@ def test_a_repeated_notebook_runs_at_every_seed(checkout: Path) -> None:
     assert [record["seed"] for record in records] == [0, 100, 200]
     value, *_ = values_of(read_run(first.directory))
     assert (value.std, value.n, value.seeds) == (100.0, 3, (0, 100, 200))
-    assert "[seed 100](../../figures/seeds/100/quick/01_line)" in (
+    assert "[seed 100](../seeds/100/quick/01_line)" in (
         first.directory.with_name("README.md").read_text(encoding="utf-8")
     )
-    assert mark(plan()) == []
+    assert forget(plan()) == []
     shutil.rmtree(others[0].directory)
-    assert mark(plan()) == others[:1], "one seed that is missing runs alone"
+    assert forget(plan()) == others[:1], "one seed that is missing runs alone"
 
 
 @pytest.mark.slow
@@ -193,7 +200,6 @@ def test_killed_five_times_at_random_it_ends_in_the_same_tables(checkout: Path) 
     folders = [job.directory for job in plan()]
     names = ("numbers.csv", "line.png")
     expected = [(f / name).read_bytes() for f in folders for name in names]
-    shutil.rmtree(checkout / "figures")
     shutil.rmtree(checkout / "build")
     command = [sys.executable, "-m", "companion.cli", "reproduce", "--jobs", "2"]
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
@@ -216,8 +222,8 @@ def test_full_disk_fails_in_a_sentence_and_the_next_run_goes_on(checkout: Path) 
     folder = plan()[0].directory
     assert reproduce(echo=lambda _: None)
     before = read_record(folder)
-    full = "from dsvlib import files\ndef no(*_): raise OSError(28, 'No space left on device')\n"
-    write_notebook(checkout, "01_line", full + "files.os.fsync = no", BODY, END)
+    full = "from dsvlib import _files\ndef no(*_): raise OSError(28, 'No space left on device')\n"
+    write_notebook(checkout, "01_line", full + "_files.os.fsync = no", BODY, END)
     said: list[str] = []
     assert not reproduce(echo=said.append)
     assert any("No space left on device; free space" in line for line in said), said

@@ -1,0 +1,68 @@
+"""Recording, the maintainers' act: what a run of one's own made becomes what a release shows.
+
+Nothing else writes to the figures, ledgers, results and notebook outputs that git tracks.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+
+from companion.execution import exclusive
+from companion.ledger.claims import write_claims
+from companion.ledger.figure_wall import write_wall
+from companion.ledger.results import write_results
+from companion.notebooks import refresh_notebooks
+from companion.presets import Job, plan
+from companion.runs import copy_recorded, figures_root, git_state, read_record
+from companion.workflow import up_to_date
+from dsvlib._errors import DsvError
+
+IN_NOTEBOOKS = "quick"  # the preset whose outputs the committed notebooks hold
+
+
+def record(
+    preset: str = "quick",
+    *,
+    only: Sequence[str] = (),
+    device: str | None = None,
+    data_root: str | None = None,
+    echo: Callable[[str], object] = print,
+) -> None:
+    """Copy whole runs of this checkout into what git tracks, with ledger, results and outputs.
+
+    `device` and `data_root` are those of the run. Raises DsvError, before anything is written,
+    unless the checkout is a clean commit and every run was made from one, by the present code.
+    """
+    with exclusive(uuid.uuid4().hex):
+        if git_state()["dirty"] is not False:
+            raise DsvError(
+                "recording needs a clean commit, and git status shows changes or no git checkout; "
+                "commit or stash them, run dsv reproduce again if code was among them"
+            )
+        jobs = plan(preset, only=only, device=device, data_root=data_root)
+        for job in jobs:
+            _check(job)
+        for job in jobs:
+            copy_recorded(job.directory, job.recorded)
+        write_wall(figures_root() / preset)
+        write_claims(preset)
+        write_results(preset)
+    if preset == IN_NOTEBOOKS:
+        refresh_notebooks(preset, only)
+    echo(f"{len(jobs)} runs of preset {preset} recorded; look at git diff, then commit")
+
+
+def _check(job: Job) -> None:
+    """Raise DsvError unless the job's own run is whole, of the present code and a clean commit."""
+    fix = f"dsv reproduce --preset {job.preset} --only {job.notebook}"
+    if not up_to_date(job):
+        raise DsvError(
+            f"{job.name}: expected a whole run here by the present code, parameters, --device and "
+            f"--data-root, found none; run {fix}"
+        )
+    if read_record(job.directory)["dirty"] is not False:
+        raise DsvError(
+            f"{job.name}: expected a run from a clean commit, got one from changed files; "
+            f"run {fix} --force"
+        )

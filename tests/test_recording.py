@@ -1,0 +1,166 @@
+"""Two places: what a run of one's own made never changes what is recorded, until a maintainer does.
+
+Each test works in a small git checkout.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkout import make_checkout, publish, publish_at, whole_run, write_notebook
+from matplotlib.figure import Figure
+
+from companion import cli, recording
+from companion.ledger.claims import claim_rows
+from companion.ledger.results import results
+from companion.presets import plan
+from companion.recording import record
+from companion.runs import RecordError, Run, copy_recorded, read_record
+from companion.workflow import finish, up_to_date
+from dsvlib._errors import DsvError
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_checkout(tmp_path, monkeypatch)
+    monkeypatch.setattr(
+        recording, "refresh_notebooks", lambda *_: []
+    )  # its own tests are elsewhere
+    (tmp_path / ".gitignore").write_text("build/\n")
+    git(tmp_path, "init", "-q")
+    commit(tmp_path)
+    return tmp_path
+
+
+def git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def commit(root: Path) -> None:
+    git(root, "add", ".")
+    git(root, "commit", "-q", "--allow-empty", "-m", "x")
+
+
+def test_a_run_with_another_machines_numbers_leaves_everything_recorded(checkout: Path) -> None:
+    (job,) = plan()
+    publish_at(job.recorded, steps=5)
+    commit(checkout)
+    before = results("quick"), claim_rows("quick"), read_record(job.recorded)
+    publish(job, steps=77)
+    said: list[str] = []
+    finish("quick", [job], echo=said.append)
+    assert "0 of 1 recorded values repeated" in "\n".join(said)
+    with pytest.raises(SystemExit):
+        cli.main(["claims"])
+    with pytest.raises(SystemExit):
+        cli.main(["claims", "--own"])
+    assert (results("quick"), claim_rows("quick"), read_record(job.recorded)) == before
+    assert git(checkout, "status", "--porcelain") == ""
+
+
+def test_what_is_run_by_hand_replaces_neither(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job,) = plan()
+    publish_at(job.recorded, steps=5)
+    publish(job, steps=6)
+    own, recorded = read_record(job.directory), read_record(job.recorded)
+    run = Run.start("01_line", preset="quick", seed=0, parameters={"steps": 8})
+    run.record("K1", "steps", 8)
+    run.complete()
+    assert run.directory == checkout / "build" / "by-hand" / "quick" / "01_line"
+    assert (read_record(job.directory), read_record(job.recorded)) == (own, recorded)
+    assert up_to_date(job)
+    assert read_record(run.directory)["by_hand"] is True
+    for place in ("figures", "build/runs", "build/runs/seeds/3"):
+        monkeypatch.setenv("DSV_FIGURES", str(checkout / place))
+        with pytest.raises(DsvError, match="DSV_FIGURES: expected a folder outside"):
+            Run.start("01_line", preset="quick", seed=0)
+
+
+def test_a_whole_run_may_not_call_itself_another(checkout: Path) -> None:
+    with whole_run(plan()[0].directory), pytest.raises(ValueError, match="being run, got quick/02"):
+        Run.start("02_more", preset="quick", seed=0)
+
+
+def test_recording_copies_pictures_tables_and_records(checkout: Path) -> None:
+    (job,) = plan()
+    publish(job)
+    said: list[str] = []
+    record(echo=said.append)
+    assert said == ["1 runs of preset quick recorded; look at git diff, then commit"]
+    changed = git(checkout, "status", "--porcelain", "-uall").split("\n")
+    assert {line[3:] for line in changed if line} == {
+        "data/results/quick.csv",
+        "data/results/quick.json",
+        "figures/claims/quick.csv",
+        "figures/claims/quick.md",
+        "figures/quick/01_line/record.json",
+        "figures/quick/README.md",
+    }
+    assert read_record(job.recorded)["values"] == read_record(job.directory)["values"]
+    commit(checkout)
+    record(echo=said.append)
+    assert git(checkout, "status", "--porcelain") == "", "recording again changes nothing"
+
+
+def test_recording_refuses_what_is_not_clean_whole_and_of_this_code(checkout: Path) -> None:
+    (job,) = plan()
+    with pytest.raises(DsvError, match=r"01_line: expected a whole run here by the present code"):
+        record()
+    (checkout / "note").write_text("changed")
+    publish(job)
+    with pytest.raises(DsvError, match="recording needs a clean commit"):
+        record()
+    commit(checkout)
+    with pytest.raises(DsvError, match="expected a run from a clean commit, got one from changed"):
+        record()
+    publish(job)
+    with pytest.raises(DsvError, match="found none"):
+        record(device="cuda")
+    write_notebook(checkout, "01_line", "pass")
+    commit(checkout)
+    with pytest.raises(DsvError, match="found none"):
+        record()
+    assert not (checkout / "figures").exists()
+
+
+def test_what_is_not_committed_keeps_its_name_and_digest(checkout: Path) -> None:
+    (job,) = plan()
+    with whole_run(job.directory):
+        run = Run.start("01_line", preset="quick", seed=0)
+    fig = Figure(figsize=(2, 1))
+    fig.add_subplot().plot([0, 1])
+    run.save_figure(fig, "line", alt="A line that rises", data={"pixels": np.zeros(3)})
+    run.complete()
+    made = read_record(job.directory)
+    for target in (job.recorded, job.recorded):  # a second time changes nothing
+        copy_recorded(job.directory, target)
+    copy_recorded(job.recorded, job.recorded)  # nor does copying in place
+    kept = read_record(job.recorded)
+    assert {path.name for path in job.recorded.iterdir()} == {
+        "line.png",
+        "line.json",
+        "record.json",
+    }
+    assert kept["unpublished"] == {name: made["files"][name] for name in ("line.svg", "line.npz")}
+    sidecar = json.loads((job.recorded / "line.json").read_text())
+    assert list(sidecar["files"]) == ["line.png"]
+    assert set(sidecar["unpublished"]) == {"line.svg", "line.npz"}
+    (job.recorded / "line.png").write_bytes(b"?")
+    with pytest.raises(RecordError, match=r"line\.png was changed"):
+        read_record(job.recorded)
+
+
+def test_a_record_copied_from_elsewhere_or_crafted_is_refused(checkout: Path) -> None:
+    (job,) = plan()
+    publish(job)
+    other = job.directory.with_name("02_more")
+    job.directory.rename(other)
+    with pytest.raises(RecordError, match=r"record\.json is that of quick/01_line"):
+        read_record(other)
