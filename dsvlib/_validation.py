@@ -126,18 +126,29 @@ def suggestion(value: str, options: Iterable[str]) -> str:
 
 
 def check_number(
-    name: str, value: float, *, at_least: float | None = None, above: float | None = None
+    name: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> None:
-    """Raise if `value` is no finite number, or lies outside the half-open range given."""
+    """Raise if `value` is no finite number, or lies outside the range given."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
             f"{name}: expected a number, got {type(value).__name__} {value!r}; pass an int or float"
         )
-    low_enough = (at_least is None or value >= at_least) and (above is None or value > above)
-    if not (low_enough and abs(value) != float("inf")):  # a NaN fails every comparison above
-        bound = f"≥ {at_least:g}" if at_least is not None else f"> {above or 0:g}"
+    inside = (
+        (at_least is None or value >= at_least)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    if not (inside and abs(value) != float("inf")):  # a NaN fails every comparison above
+        limits = [f"≥ {at_least:g}" if at_least is not None else f"> {above or 0:g}"]
+        limits += [] if below is None else [f"< {below:g}"]
         raise ValueError(
-            f"{name}: expected a finite number {bound}, got {value!r}; choose one in range"
+            f"{name}: expected a finite number {' and '.join(limits)}, got {value!r}; choose one "
+            f"in range"
         )
 
 

@@ -373,7 +373,7 @@ class BreaksAfter(nn.Module):
         self.left = calls
 
     def forward(self, logits: Tensor) -> Tensor:
-        self.left -= len(logits) == len(LABELS)  # calls that look at the model are of other sizes
+        self.left -= torch.is_grad_enabled()  # steps, not what is read to check the network
         return logits if self.left >= 0 else logits * math.nan
 
 

@@ -86,6 +86,8 @@ def _resnet(name: str) -> Callable[..., nn.Module]:
         from torchvision import models
 
         check_count("width", width)
+        if stride is not None:
+            check_count("stride", stride)
         network: nn.Module = getattr(models, name)(num_classes=num_classes, **options)
         if width != 64:
             _narrow(network, width, num_classes)

@@ -86,8 +86,8 @@ class TrainConfig:
         check_choice("optimizer", self.optimizer, ("sgd", "adam"))
         check_choice("schedule", self.schedule, ("constant", "cosine", "one-cycle", "halfway"))
         check_number("learning_rate", self.learning_rate, above=0)
-        for name in ("momentum", "weight_decay"):
-            check_number(name, getattr(self, name), at_least=0)
+        check_number("momentum", self.momentum, at_least=0, below=1)
+        check_number("weight_decay", self.weight_decay, at_least=0)
         for name in ("epochs", "average_epochs", "polish_steps"):
             check_count(name, getattr(self, name), at_least=0)
         if self.average_epochs > self.epochs:

@@ -66,11 +66,7 @@ class MatchingConfig:
     def __post_init__(self) -> None:
         check_choice("init", self.init, ("noise", "real"))
         check_number("learning_rate", self.learning_rate, above=0)
-        check_number("momentum", self.momentum, at_least=0)
-        if self.momentum >= 1:
-            raise ValueError(
-                f"momentum: expected a number from 0 to below 1, got {self.momentum}; SGD diverges"
-            )
+        check_number("momentum", self.momentum, at_least=0, below=1)
         for name in ("steps", "batch_real", "log_every"):
             check_count(name, getattr(self, name))
         if self.shot is not None:
