@@ -2,13 +2,13 @@
 
 Each function takes finished numbers and returns a matplotlib Figure; `write_figure` turns it into
 PNG and SVG whose bytes depend on the numbers alone (no dates, no user settings, a fixed salt).
-Images are [n, C, H, W] in [0, 1], grey (C = 1) or RGB (C = 3).
+Images are [n, C, H, W] in [0, 1], grey (C = 1) or RGB (C = 3). Every text is drawn as it is: a
+class may be called ``$x_$``, which as mathematics would end the drawing.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.textpath import TextPath
 from PIL import Image, ImageChops, ImageStat
 from PIL.PngImagePlugin import PngInfo
@@ -27,12 +28,14 @@ from PIL.PngImagePlugin import PngInfo
 from dsvlib._files import atomic_path
 
 # Distinct under the common colour-vision deficiencies; each has a contrast of at least 3 on white.
-COLORS = ("#0072b2", "#d55e00", "#00876c", "#a2559c", "#a87700", "#5b5b5b", "#2b2d84", "#c7447c")
+COLORS = ("#0072b2", "#d55e00", "#00876c", "#8a2f7d", "#a87700", "#5b5b5b", "#2b2d84", "#c7447c")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")
 INK, FAINT, WRONG = "#262626", "#c8c8c8", COLORS[1]
 DPI = 160
+SMALLEST = 0.7  # of a text's usual size
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a number readable on a line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,6 +53,7 @@ def _style() -> Any:  # a dict; matplotlib's stubs want the literal name of each
         "axes.spines.right": False,
         "axes.edgecolor": "#7f7f7f",
         "grid.color": "#e6e6e6",
+        "text.usetex": False,
         "font.family": ["sans-serif"],
         "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib, so it exists everywhere
         "legend.frameon": False,
@@ -59,6 +63,11 @@ def _style() -> Any:  # a dict; matplotlib's stubs want the literal name of each
         "svg.hashsalt": "dsvlib",
         "savefig.facecolor": "white",
     }
+
+
+def _plain(text: object) -> str:
+    """Return a text in which ``$`` stands for itself, in matplotlib's way of writing it."""
+    return str(text).replace("$", r"\$")
 
 
 def use_style() -> None:
@@ -147,7 +156,7 @@ def _draw_badge(fig: Figure, badge: str) -> Any:
     return fig.text(
         box.x1 / fig.get_figwidth(),
         (box.y0 - 0.12) / fig.get_figheight(),
-        badge,
+        _plain(badge),
         ha="right",
         va="top",
         fontsize=8,
@@ -218,23 +227,33 @@ def image_grid(
         _say(axes, column * across + 0.54, -0.05, text, va="bottom", size=head_size)
     if title:
         lift = 0.1 + max((0.06 + 0.17 * (1 + text.count("\n")) for text in heads), default=0)
-        _say(axes, 0.04, -lift / tile, title, ha="left", va="bottom", size=13, weight="bold")
+        (title,), size = _fit((title,), 0.92 * tile * across * columns, 13)  # bold is wider
+        _say(axes, 0.04, -lift / tile, title, ha="left", va="bottom", size=size, weight="bold")
     return fig
 
 
 def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], float]:
     """Return the texts broken at spaces to `width` inches, and a size at which all fit.
 
-    Only a single word that is too long makes all of them smaller, down to what can be read.
+    Only a single word that is too long makes all of them smaller, down to what can be read; one
+    that is longer still is broken.
     """
 
     @cache
     def inches(text: str) -> float:
-        return float(TextPath((0, 0), text, size=size).get_extents().width) / 72
+        return float(TextPath((0, 0), _plain(text), size=size).get_extents().width) / 72
+
+    def pieces(word: str) -> Iterator[str]:
+        while inches(word) > width / SMALLEST and len(word) > 1:
+            end = next(k for k in range(len(word) - 1, 0, -1)
+                       if k == 1 or inches(word[:k]) <= width / SMALLEST)  # fmt: skip
+            yield word[:end]
+            word = word[end:]
+        yield word
 
     def broken(line: str) -> Iterator[str]:
         start = ""
-        for word in re.findall(r"(?:\$[^$]*\$|\S)+", line):  # a formula is one word
+        for word in (piece for whole in line.split() for piece in pieces(whole)):
             if start and inches(f"{start} {word}") > width:
                 yield start
                 start = word
@@ -244,7 +263,7 @@ def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], fl
 
     fitted = [[part for line in text.split("\n") for part in broken(line)] for text in texts]
     widest = max((inches(line) for lines in fitted for line in lines if line), default=width)
-    smaller = min(1.0, max(width / widest, 0.7))
+    smaller = min(1.0, max(width / widest, SMALLEST))
     return ["\n".join(lines) for lines in fitted], size * smaller
 
 
@@ -269,7 +288,7 @@ def _draw_image(
 
 def _say(axes: Axes, x: float, y: float, text: str, **options: Any) -> None:
     defaults: dict[str, Any] = {"ha": "center", "va": "center", "size": 8, "color": INK}
-    axes.text(x, y, text, **(defaults | options))
+    axes.text(x, y, _plain(text), **(defaults | options))
 
 
 def _check_images(images: np.ndarray) -> np.ndarray:
@@ -292,24 +311,22 @@ def curve(
     y: str,
     hue: str | None = None,
     *,
-    error: str | None = None,
     reference: Mapping[str, float] | None = None,
     title: str | None = None,
     x_label: str | None = None,
     y_label: str | None = None,
     log_x: bool = False,
-    log_y: bool = False,
     size: tuple[float, float] = (7, 4.2),
 ) -> Figure:
     """Draw `y` over `x`, one line per `hue`, with a band of one standard deviation.
 
-    The band is the column `error`, or comes from rows that share `x` and `hue` (seeds).
+    The band comes from rows that share `x` and `hue` (seeds).
     `reference` draws named horizontal lines, such as chance or the paper's number.
     """
-    _check_columns(frame, x, y, hue, error)
+    _check_columns(frame, x, y, hue)
     fig, axes = _axes(size)
     for i, (name, part) in enumerate(_groups(frame, hue)):
-        points = _summary(part, x, y, error)
+        points = _summary(part, x, y)
         color, spread = COLORS[i % len(COLORS)], points["spread"].to_numpy(float)
         at, mean = points[x].to_numpy(), points["mean"].to_numpy(float)
         axes.plot(
@@ -319,12 +336,11 @@ def curve(
             linestyle=LINES[i % len(LINES)],
             marker=MARKERS[i % len(MARKERS)],
             markevery=max(1, len(at) // 12),  # a marker on every one of 600 steps is a smear
-            label=name,
+            label=_plain(name),
         )
         if np.any(spread > 0):
             axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
     axes.set_xscale("log" if log_x else "linear")
-    axes.set_yscale("log" if log_y else "linear")
     _finish(axes, reference, title, x_label or x, y_label or y, legend=hue)
     return fig
 
@@ -336,7 +352,6 @@ def bar_with_error(
     y: str,
     hue: str | None = None,
     *,
-    error: str | None = None,
     reference: Mapping[str, float] | None = None,
     number: str = "{:.3g}",
     limits: tuple[float, float] | None = None,
@@ -350,26 +365,42 @@ def bar_with_error(
     Deviation and references as in `curve`; the categories keep the order of the frame. `limits`
     are those of the y axis.
     """
-    _check_columns(frame, x, y, hue, error)
+    _check_columns(frame, x, y, hue)
     fig, axes = _axes(size)
     order, groups = list(dict.fromkeys(frame[x])), _groups(frame, hue)
     width = 0.8 / len(groups)
     for i, (name, part) in enumerate(groups):
-        points = _summary(part, x, y, error).set_index(x).reindex(order)
+        points = _summary(part, x, y).set_index(x).reindex(order)
         at = np.arange(len(order)) + (i - (len(groups) - 1) / 2) * width
         mean, spread = points["mean"].to_numpy(float), points["spread"].to_numpy(float)
         hatch = HATCHES[i % len(HATCHES)] if len(groups) > 1 else ""
-        axes.bar(at, mean, width * 0.92, color=COLORS[i % len(COLORS)], label=name, hatch=hatch,
-                 edgecolor="white", linewidth=0)  # fmt: skip
+        axes.bar(
+            at,
+            mean,
+            width * 0.92,
+            color=COLORS[i % len(COLORS)],
+            label=_plain(name),
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0,
+        )
         whiskers = spread > 0
         axes.errorbar(at[whiskers], mean[whiskers], spread[whiskers], fmt="none", ecolor=INK,
                       elinewidth=1.3, capsize=4)  # fmt: skip
         tops = mean + np.where(whiskers, spread, 0)
         for place, top, value in zip(at, tops, mean, strict=True):
             if np.isfinite(value):
-                axes.annotate(number.format(value), (place, max(top, 0)), (0, 3),
-                              textcoords="offset points", ha="center", size=9)  # fmt: skip
-    axes.set_xticks(range(len(order)), [str(category) for category in order])
+                axes.annotate(
+                    number.format(value),
+                    (place, max(top, 0)),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    size=9,
+                    path_effects=HALO,
+                )
+    names, name_size = _fit(map(str, order), 0.85 * (size[0] - 1.2) / len(order), 11)
+    axes.set_xticks(range(len(order)), [_plain(name) for name in names], size=name_size)
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     if limits:
@@ -398,11 +429,11 @@ def _groups(frame: pd.DataFrame, hue: str | None) -> list[tuple[str, pd.DataFram
     return [(str(name), part) for name, part in frame.groupby(hue, sort=False, observed=True)]
 
 
-def _summary(part: pd.DataFrame, x: str, y: str, error: str | None) -> pd.DataFrame:
-    """Return x, mean and spread: the given error, or the deviation over rows that share x."""
-    grouped = part.groupby(x, sort=False, observed=True)
-    spread = grouped[error].first() if error else grouped[y].std(ddof=1)
-    return pd.DataFrame({"mean": grouped[y].mean(), "spread": spread.fillna(0.0)}).reset_index()
+def _summary(part: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Return x, mean and spread: the deviation over rows that share x."""
+    grouped = part.groupby(x, sort=False, observed=True)[y]
+    spread = grouped.std(ddof=1).fillna(0.0)
+    return pd.DataFrame({"mean": grouped.mean(), "spread": spread}).reset_index()
 
 
 def _finish(
@@ -416,9 +447,9 @@ def _finish(
 ) -> None:
     for name, level in (reference or {}).items():
         axes.axhline(level, color="#5b5b5b", lw=1.2, ls=(0, (4, 2)), zorder=1.5)
-        axes.annotate(name, (1, level), (4, 0), xycoords=("axes fraction", "data"),
+        axes.annotate(_plain(name), (1, level), (4, 0), xycoords=("axes fraction", "data"),
                       textcoords="offset points", va="center", size=9, color="#4d4d4d")  # fmt: skip
-    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(xlabel=_plain(x_label), ylabel=_plain(y_label))
     axes.set_axisbelow(True)
     rows = 0
     if legend:  # between title and axes, where it can hide no data
@@ -433,7 +464,7 @@ def _finish(
             columnspacing=1.6,
         )
     if title:
-        axes.set_title(title, loc="left", weight="bold", size=13, pad=8 + 20 * rows)
+        axes.set_title(_plain(title), loc="left", weight="bold", size=13, pad=8 + 20 * rows)
 
 
 def draw_regions(axes: Axes, scores: np.ndarray, box: float) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import make_checkout
+from checkout import make_checkout, whole_run
 from matplotlib.figure import Figure
 
 from companion.ledger.figure_wall import read_runs, write_wall
-from companion.runs import Run, digest, write_json
+from companion.runs import Run, digest, figures_root, write_json
 from companion.site import content
 from companion.site.render import render
 from dsvlib._files import file_digest
@@ -51,14 +51,16 @@ def crafted(value: Any) -> Any:
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose digests are right and whose every word is evil, its seed included."""
     make_checkout(tmp_path, monkeypatch)
-    run = Run.start("01_line", preset="quick", seed=0, parameters={"word": EVIL, EVIL: 1})
+    with whole_run(figures_root() / "quick" / "01_line"):
+        run = Run.start("01_line", preset="quick", seed=0, parameters={"word": EVIL, EVIL: 1})
     fig = Figure(figsize=(2, 1))
     fig.add_subplot().plot([0, 1])
     run.save_figure(fig, "line", alt=EVIL, caption=EVIL)
     run.record("K1", "steps", 5, unit=EVIL)
     run.complete()
-    kept = ("kind", "files", "schema", "name", "finished")
     for name in ("line.json", "record.json"):
+        kept = {"kind", "files", "schema", "name"}
+        kept |= {"preset", "notebook"} if name == "record.json" else set()
         about = json.loads((run.directory / name).read_text())
         about = {k: v if k in kept else crafted(v) for k, v in about.items() if k != "digest"}
         about["seed"] = EVIL

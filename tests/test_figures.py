@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from companion import figures
@@ -33,7 +34,7 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     ),
     "grey": lambda: figures.image_grid(IMAGES[:, :1], row_labels=["x"], column_labels=list("abcd")),
     "curve": lambda: figures.curve(FRAME, "step", "loss", "method", reference={"chance": 0.5}),
-    "bar": lambda: figures.bar_with_error(FRAME, "step", "loss", "method", error="sd", title="T"),
+    "bar": lambda: figures.bar_with_error(FRAME, "step", "loss", "method", title="T"),
 }
 
 
@@ -90,6 +91,30 @@ def test_pictures_are_small_and_keep_the_colours_of_marks(tmp_path: Path) -> Non
             assert np.abs(pixels - wanted).max(axis=1).min() <= far, (name, color)
 
 
+@pytest.mark.parametrize(
+    "word", ["$x_$", "a$b", "$\\alpha$", r"\frac{$", "{}%_^", "<b>&\n$1 to $2"]
+)
+def test_every_text_is_drawn_as_it_is(word: str, tmp_path: Path) -> None:
+    """A class, title, legend or badge may be called anything; none of it is mathematics."""
+    options = {"title": word, "x_label": word, "y_label": word, "reference": {word: 0.5}}
+    frame = FRAME.assign(method=word, step=word)
+    drawn = {
+        "grid": figures.image_grid(
+            IMAGES, row_labels=[word], column_labels=[word] * 4, captions=[word] * 4, title=word
+        ),
+        "curve": figures.curve(FRAME.assign(method=word), "step", "loss", "method", **options),
+        "bar": figures.bar_with_error(frame, "step", "loss", "method", **options),
+    }
+    shown = word.replace("\n", " ")
+    for name, fig in drawn.items():
+        fig.draw_without_rendering()
+        texts = [text._preprocess_math(text.get_text()) for text in fig.findobj(Text)]
+        texts = [(" ".join(text.split()), math) for text, math in texts]
+        assert sum(text == shown for text, _ in texts) >= 5, name
+        assert not any(math for text, math in texts if text == shown)
+        write(fig, tmp_path / name, badge=word)
+
+
 def test_image_grid_keeps_the_pixels(tmp_path: Path) -> None:
     black_and_white = np.zeros((1, 1, 2, 2))
     black_and_white[0, 0, 0, 1] = 1
@@ -127,7 +152,7 @@ def test_plots_refuse_missing_columns() -> None:
 
 def test_curve_bands_are_the_deviation_over_repetitions() -> None:
     frame = pd.DataFrame({"x": [0, 0, 1, 1], "y": [1.0, 3.0, 2.0, 2.0]})
-    summary = figures._summary(frame, "x", "y", None)
+    summary = figures._summary(frame, "x", "y")
     assert summary["mean"].tolist() == [2.0, 2.0]
     assert summary["spread"].tolist() == pytest.approx([2**0.5, 0.0])
 
@@ -138,6 +163,33 @@ def test_colours_stand_out_from_white() -> None:
         linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
         luminance = linear @ [0.2126, 0.7152, 0.0722]
         assert 1.05 / (luminance + 0.05) >= 3, color
+
+
+# How a colour looks without one kind of cone (Machado, Oliveira, Fernandes 2009), in linear RGB.
+WITHOUT = {
+    "long": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+             [-0.003882, -0.048116, 1.051998]],
+    "middle": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+               [-0.011820, 0.042940, 0.968881]],
+    "short": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+              [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+@pytest.mark.parametrize("cone", WITHOUT)
+def test_colours_differ_without_one_kind_of_cone(cone: str) -> None:
+    """The first four, of most figures, do by CIELAB ΔE; all in marker, line and hatch."""
+    rgb = np.array([mpl.colors.to_rgb(color) for color in figures.COLORS])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(WITHOUT[cone]).T, 0, 1) @ TO_XYZ.T / TO_XYZ.sum(axis=1)
+    root = np.where(seen > 0.008856, np.cbrt(seen), 7.787 * seen + 16 / 116)
+    lab = np.stack([116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]),
+                    200 * (root[:, 1] - root[:, 2])], axis=1)  # fmt: skip
+    far = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+    assert far[:4, :4][~np.eye(4, dtype=bool)].min() > 10
+    for marks in (figures.MARKERS, figures.LINES, figures.HATCHES):
+        assert len(set(marks)) == len(figures.COLORS)
 
 
 def test_use_style_applies_to_ones_own_figures() -> None:
@@ -158,7 +210,7 @@ def test_texts_of_a_hundred_images_touch_neither_images_nor_each_other() -> None
         "frog",
         "horse",
         "ship",
-        "van",
+        "van" * 30,
     ]
     fig = figures.image_grid(
         np.zeros((10 * rows, 3, 2, 2)),
@@ -167,7 +219,7 @@ def test_texts_of_a_hundred_images_touch_neither_images_nor_each_other() -> None
         correct=[index % 3 > 0 for index in range(10 * rows)],
         column_labels=[f"the {name} class" for name in names],
         row_labels=[f"deep support vectors of seed {row}" for row in range(rows)],
-        title="Ten columns",
+        title="Ten columns " * 30,
     )
     fig.draw_without_rendering()
     (axes,) = fig.axes
@@ -176,7 +228,8 @@ def test_texts_of_a_hundred_images_touch_neither_images_nor_each_other() -> None
     assert len(texts) == 10 * rows + 10 + rows + 1
     for index, box in enumerate(texts):
         assert not any(box.overlaps(other) for other in texts[index + 1 :] + images)
-    assert min(artist.get_fontsize() for artist in axes.texts) >= 7
+    assert min(artist.get_fontsize() for artist in axes.texts) >= 8 * figures.SMALLEST
+    assert max(box.x1 for box in texts) < fig.bbox.x1 * 1.1, "a long title is broken"
 
 
 def plane_axes() -> tuple[Figure, mpl.axes.Axes]:

@@ -133,6 +133,7 @@ def test_strips_take_a_row(checkout: Path, size: Any, wide: bool) -> None:
     publish(size=size)
     ((figure,),) = (run.figures for run in read_quick())
     assert figure.wide is wide
+    assert f'class="card{" wide" * wide}"' in content.card(figure)
 
 
 # --- the ledger ----------------------------------------------------------------------------------
