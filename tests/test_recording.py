@@ -34,7 +34,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         recording, "refresh_notebooks", lambda *_: []
     )  # its own tests are elsewhere
-    (tmp_path / ".gitignore").write_text("build/\n")
+    (tmp_path / ".gitignore").write_text("build/\n.snakemake/\n")
     git(tmp_path, "init", "-q")
     commit(tmp_path)
     return tmp_path

@@ -184,7 +184,7 @@ def test_a_repeated_notebook_runs_at_every_seed(checkout: Path) -> None:
     assert [record["seed"] for record in records] == [0, 100, 200]
     value, *_ = values_of(read_run(first.directory))
     assert (value.std, value.n, value.seeds) == (100.0, 3, (0, 100, 200))
-    assert "[seed 100](../seeds/100/quick/01_line)" in (
+    assert '<a href="../seeds/100/quick/01_line">seed 100</a>' in (
         first.directory.with_name("README.md").read_text(encoding="utf-8")
     )
     assert forget(plan()) == []
