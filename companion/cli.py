@@ -6,18 +6,22 @@ Heavy modules are imported inside the commands, so that help is instant.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsvlib import cli
 from dsvlib._errors import DsvError, RequestError
+
+if TYPE_CHECKING:
+    pass
 
 app = typer.Typer()
 notebooks = typer.Typer(help="Keep the committed notebooks' outputs honest.", no_args_is_help=True)
@@ -27,6 +31,38 @@ Only = Annotated[
     list[str] | None, typer.Option("--only", help="A notebook, by number or name; repeatable.")
 ]
 Preset = Annotated[str, typer.Option(help="smoke, quick, cifar10, imagenette or paper.")]
+MOST = 1024  # notebooks or threads at once: beyond it, a mistyped number
+
+
+def _is_here(device: str | None) -> str | None:
+    """Refuse a device that is not here, at once and not in every notebook."""
+    if device in (None, "auto", "cpu"):
+        return device
+    known = re.fullmatch(r"cuda(?::(\d{1,3}))?", str(device))
+    if known is None:
+        raise RequestError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(known[1] or 0) >= count:
+        raise RequestError(
+            f"--device: expected auto or cpu, since torch sees {count} GPUs here, got {device!r}"
+        )
+    return device
+
+
+def _is_folder(path: str | None) -> str | None:
+    if path is not None and not (path.strip() and Path(path).is_dir()):
+        raise RequestError(f"--data-root: expected a folder, got {path!r}")
+    return path
+
+
+Device = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu or cuda.", callback=_is_here)
+]
+DataRoot = Annotated[
+    str | None, typer.Option("--data-root", help="Folder of the data sets.", callback=_is_folder)
+]
 
 
 def register(target: typer.Typer) -> None:
@@ -45,14 +81,17 @@ def reproduce(
     preset: Preset = "quick",
     only: Only = None,
     jobs: Annotated[int, typer.Option(help="Notebooks to run side by side.")] = 1,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+    device: Device = None,
+    data_root: DataRoot = None,
     force: Annotated[bool, typer.Option("--force", help="Run also what is up to date.")] = False,
 ) -> None:
     """Run the notebooks of a preset and rebuild its figures."""
     from companion.workflow import reproduce as run
 
-    done = run(preset, only=only or (), jobs=jobs, device=device, data_root=data_root, force=force)
+    if not 1 <= jobs <= MOST:
+        raise RequestError(f"--jobs: expected a whole number from 1 to {MOST}, got {jobs}")
+    asked = {"device": device, "data_root": data_root}
+    done = run(preset, only=only or (), jobs=jobs, **asked, force=force, echo=typer.echo)
     if not done:
         raise DsvError("at least one notebook failed; the reasons are above")
 
@@ -81,13 +120,14 @@ def run_one(
     seed: Annotated[
         int | None, typer.Option(help="Of a repetition that the preset asks for.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+    device: Device = None,
+    data_root: DataRoot = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
 ) -> None:
     """Run one notebook whether it is up to date or not: what a rule of the Snakefile calls."""
-    if threads is not None and threads < 1:
-        raise RequestError(f"--threads: expected a whole number ≥ 1, got {threads}")
+    if threads is not None and not 1 <= threads <= MOST:
+        raise RequestError(f"--threads: expected a whole number from 1 to {MOST}, got {threads}")
+    from companion.data_needs import check_machine
     from companion.presets import plan
     from companion.workflow import run_job
 
@@ -100,6 +140,7 @@ def run_one(
             "to the preset's 'repeat' in notebooks/presets.yml"
         )
     job = known[seed]
+    check_machine([job])
     flags = [f"--device {device}" if device else "", "--data-root PATH" if data_root else ""]
     run_id = os.environ.get("DSV_RUN_ID")  # of the run that holds this checkout, if there is one
     if run_job(job, threads=threads, flags=" ".join(filter(None, flags)), run_id=run_id):
@@ -155,8 +196,8 @@ def claims(
 def record(
     preset: Preset = "quick",
     only: Only = None,
-    device: Annotated[str | None, typer.Option(help="That of the run.")] = None,
-    data_root: Annotated[str | None, typer.Option(help="That of the run.")] = None,
+    device: Device = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Make this checkout's own runs the recorded ones (maintainers, from a clean commit)."""
     from companion.recording import record as run
@@ -171,15 +212,17 @@ def cell(
     shot: Annotated[int, typer.Argument(help="Real images seen per class.")],
     preset: Preset = "quick",
     seeds: Annotated[str | None, typer.Option(help="E.g. 0,1; default: the recorded ones.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    data_root: Annotated[str | None, typer.Option(help="Folder of the data sets.")] = None,
+    device: Device = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Run one cell of Table 2 again and hold it against the recorded number."""
     from companion.ledger.table2 import recorded_cell, rerun
 
     chosen = cli.numbers("--seeds", seeds, int)
+    if chosen and not all(0 <= seed < 2**31 for seed in chosen):
+        raise RequestError(f"--seeds: expected whole numbers from 0 to 2147483647, got {seeds}")
     recorded = recorded_cell(method, per_class, shot, preset=preset)
-    found = rerun(recorded, data_root=data_root, device=device, seeds=chosen)
+    found = rerun(recorded, data_root=data_root, device=device or "auto", seeds=chosen)
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
     what = f"{method}, {per_class} per class, {shot} shot"
     print(f"{what}: {statistics.fmean(found):.1f}{spread} % (n = {len(found)}), recorded "
@@ -225,7 +268,7 @@ def train(
 @app.command()
 def doctor(
     preset: Preset = "quick",
-    data_root: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
+    data_root: DataRoot = None,
 ) -> None:
     """Say what this machine has, what a preset still lacks, and what it will cost."""
     import platform
@@ -233,12 +276,13 @@ def doctor(
     import psutil  # type: ignore[import-untyped]
     import torch
 
+    from companion.data_needs import data_needed
     from companion.presets import plan
     from companion.runs import repository_root
-    from companion.workflow import data_needed, expected, total, up_to_date
+    from companion.workflow import expected, total, up_to_date
     from dsvlib._files import checkpoints_folder
 
-    todo = plan(preset, data_root=None if data_root is None else str(data_root))
+    todo = plan(preset, data_root=data_root)
     gib = 2**30
     cuda = torch.cuda.is_available()
     shipped = sorted(path.stem for path in checkpoints_folder().glob("*.safetensors"))
@@ -253,7 +297,8 @@ def doctor(
         "disk": f"{free / gib:.1f} GiB free",
         "classifiers": ", ".join(shipped) or "none; run dsv train --all",
     }
-    lines |= {f"data {k}": v for k, v in data_needed(todo, data_root).items()}
+    found = data_needed(todo, Path(data_root) if data_root else None)
+    lines |= {f"data {k}": v for k, v in found.items()}
     for name, value in lines.items():
         print(f"{name:12} {value}")
     if free < gib:

@@ -1,11 +1,15 @@
-"""Which data sets a notebook's parameters name."""
+"""What notebooks need of a machine: the data sets that their parameters name, and a device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from dsvlib.data.downloads import CLASSES, FOLDERS
+from companion.presets import Job
+from dsvlib._errors import RequestError
+from dsvlib._files import downloads_folder
+from dsvlib.data.downloads import CLASSES, FOLDERS, archives
 
 
 def data_sets(parameters: Mapping[str, Any]) -> list[str]:
@@ -21,3 +25,51 @@ def data_sets(parameters: Mapping[str, Any]) -> list[str]:
         ):
             found[value] = None
     return list(found)
+
+
+def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
+    """Return, for every data set that the jobs' parameters name, ``present`` or how to bring it."""
+    needed = {}
+    root = data_root or downloads_folder()
+    for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
+        if name == "digits":
+            needed[name] = "present (bundled)"
+        elif name in FOLDERS:
+            there = _has_images(root / name)
+            fix = f"missing: copy train/<class>/* and test/<class>/* to {root / name}"
+            needed[name] = "present" if there else f"{fix}, or name its folder with --data-root"
+        elif name.startswith("folder:"):
+            path = Path(name.removeprefix("folder:"))
+            needed[name] = (
+                "present"
+                if _has_images(path)
+                else f"missing: expected {path}/train/<class>/* and {path}/test/<class>/*"
+            )
+        else:
+            there = all((root / archive.path).is_file() for archive in archives(name))
+            needed[name] = "present" if there else f"missing: dsv data fetch {name} --root {root}"
+    return needed
+
+
+def _has_images(folder: Path) -> bool:
+    return any(folder.glob("train/*/*"))
+
+
+def check_machine(jobs: Sequence[Job]) -> None:
+    """Raise RequestError, before any notebook starts, for a device or images that are not here.
+
+    Data sets with a published address are downloaded when they are first read.
+    """
+    if any(str(job.parameters["device"]).startswith("cuda") for job in jobs):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RequestError(
+                "--device: expected a GPU for cuda, torch sees none here; leave the option out, or "
+                "install a CUDA build of torch (dsv doctor shows what is here)"
+            )
+    for job in jobs:
+        where = job.parameters["data_root"]
+        for name, state in data_needed([job], Path(where) if where else None).items():
+            if state.startswith("missing") and name not in CLASSES:
+                raise RequestError(f"{job.name} needs the images of {name}; {state}")

@@ -49,7 +49,7 @@ class _Preset(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     description: str = ""
-    timeout_s: float = Field(default=900, gt=0)
+    timeout_s: float = Field(default=3600, gt=0)
     expected_s: _Lines[float] = {}
     omit: _Lines[str] = {}
     repeat: _Lines[Annotated[list[int], BeforeValidator(_seeds)]] = {}
@@ -170,7 +170,7 @@ def _first(error: ValidationError) -> tuple[str, str]:
     return "", f"{path}: {wanted}, got {value!r}{hint}".removeprefix(": ")
 
 
-def _check(model: type[BaseModel], given: Any, where: str, what: str) -> dict[str, Any]:
+def checked(model: type[BaseModel], given: Any, where: str, what: str) -> dict[str, Any]:
     """Return `given` over the defaults of `model`; raise RequestError in words."""
     try:
         return model.model_validate(given).model_dump()
@@ -193,18 +193,18 @@ def read_presets() -> dict[str, dict[str, Any]]:
         reason = " ".join(str(error).split())
         raise DsvError(f"presets.yml: expected a readable YAML file, got {reason}") from error
     file = create_model("file", __config__=ConfigDict(extra="forbid"), presets=(_Lines[Any], {}))
-    presets: dict[Any, Any] = _check(file, content, "presets.yml", "key of")["presets"]
+    presets: dict[Any, Any] = checked(file, content, "presets.yml", "key of")["presets"]
     return {str(name): _check_preset(f"presets.yml: {name}", p) for name, p in presets.items()}
 
 
 def _check_preset(where: str, preset: Any) -> dict[str, Any]:
-    checked = _check(_Preset, preset, where, "key of")
+    about = checked(_Preset, preset, where, "key of")
     names = notebook_names()
     for key in MAPPINGS:
-        for notebook in checked[key]:
+        for notebook in about[key]:
             if notebook not in names:
                 raise RequestError.unknown(f"notebook in {where}: {key}:", notebook, names)
-    return checked
+    return about
 
 
 def plan(
@@ -224,7 +224,7 @@ def plan(
     check_preset(preset, presets)
     chosen, omitted = presets[preset], presets[preset]["omit"]
     names = list(dict.fromkeys(find_notebook(name) for name in only)) or notebook_names()
-    if data_root is not None and not Path(data_root).is_dir():
+    if data_root is not None and not (data_root and Path(data_root).is_dir()):
         raise RequestError(f"--data-root: expected a folder, got {data_root!r}")
     common: dict[str, Any] = {"preset": preset}
     if device is not None:
@@ -258,4 +258,4 @@ def check_preset(preset: str, known: Collection[str]) -> None:
 
 def resolve(notebook: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a notebook's defaults overlaid with `given`, each name and type checked."""
-    return _check(read_parameters(notebook), given, where, "parameter in")
+    return checked(read_parameters(notebook), given, where, "parameter in")

@@ -16,7 +16,7 @@ from companion.notebooks import refresh_notebooks
 from companion.presets import Job, plan
 from companion.runs import copy_recorded, figures_root, git_state, read_record
 from companion.workflow import up_to_date
-from dsvlib._errors import DsvError
+from dsvlib._errors import DsvError, RequestError
 
 IN_NOTEBOOKS = "quick"  # the preset whose outputs the committed notebooks hold
 
@@ -34,6 +34,8 @@ def record(
     `device` and `data_root` are those of the run. Raises DsvError, before anything is written,
     unless the checkout is a clean commit and every run was made from one, by the present code.
     """
+    if preset == "smoke":
+        raise RequestError("a smoke run is no result and is not recorded; choose another --preset")
     with exclusive(uuid.uuid4().hex):
         if git_state()["dirty"] is not False:
             raise DsvError(

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, SupportsFloat
+from typing import TYPE_CHECKING, Any, ClassVar, Self, SupportsFloat
 
 from dsvlib import _files
 from dsvlib._errors import DsvError, explain
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 RECORD = "record.json"
 REPETITIONS = "seeds"  # folder of a place with one place of the same form for each further seed
-NAME = r"[a-zA-Z0-9][a-zA-Z0-9_-]*"  # of notebooks, presets, figures and tables
 COMMITTED = (".png", ".csv", ".json")  # the rest is made by a run, and named in what is recorded
 BADGES = {
     "smoke": "smoke run · not a result",
@@ -168,6 +167,8 @@ def _checkpoint_digests(names: Iterable[str]) -> dict[str, str]:
 @dataclass(frozen=True)
 class Value:
     """One named number, from which the claim ledger is built."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for reading records (`read_record`)
 
     claim: str
     name: str
@@ -456,6 +457,11 @@ def read_record(directory: Path) -> dict[str, Any]:
         raise broken(f"expected schema {SCHEMA}, got {record.get('schema')!r}")
     if own != digest(record):
         raise broken(f"{RECORD} was changed after the run")
+    try:
+        _check_types(record)
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise broken(f"{RECORD} holds what no run writes ({reason})") from error
     if directory.parts[-2:] != (record["preset"], record["notebook"]):
         raise broken(f"{RECORD} is that of {record['preset']}/{record['notebook']}")
     here = directory.resolve()
@@ -465,13 +471,23 @@ def read_record(directory: Path) -> dict[str, Any]:
         raise broken("they were run by hand, with parameters of one's own")
     for name, expected in named.items():
         path = directory / name
-        if not re.fullmatch(NAME + r"\.[a-z]+", name):
-            raise broken(f"expected file names of letters, digits, _ and -, got {name!r}")
         if not path.is_file():
             raise broken(f"{name} is missing")
         if file_digest(path) != expected:
             raise broken(f"{name} was changed after the run")
     return record
+
+
+def _check_types(record: Mapping[str, Any]) -> None:
+    """Raise ValueError unless texts are texts, numbers numbers and names names: pages show them."""
+    from pydantic import TypeAdapter
+
+    text = json.dumps([record[key] for key in ("seed", "by_hand", "scale", "command", "values")])
+    kind = TypeAdapter(tuple[int, bool, str, str, list[Value]])
+    *_, values = kind.validate_json(text, strict=True)
+    names = [record["preset"], record["notebook"], *(value.name for value in values)]
+    for name in [*names, *(part for file in record["files"] for part in file.rsplit(".", 1))]:
+        _check_name("name", name)
 
 
 def copy_recorded(source: Path, target: Path) -> None:
@@ -558,7 +574,7 @@ def _place(context: Mapping[str, Any], preset: str, notebook: str) -> Path:
 
 
 def _check_name(what: str, name: str) -> None:
-    if not re.fullmatch(NAME, name):
+    if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_-]*", str(name)):
         raise ValueError(f"{what}: expected letters, digits, _ and -, got {name!r}")
 
 

@@ -9,8 +9,10 @@ cannot see, that a folder of figures was damaged or a classifier trained anew, `
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from companion import execution
-from companion.data_needs import data_sets
+from companion.data_needs import check_machine, data_sets
 from companion.execution import (
     cores,
     duration,
@@ -45,7 +47,7 @@ from companion.runs import (
 )
 from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import PACKAGE, atomic_path, downloads_folder
-from dsvlib.data.downloads import FOLDERS, archives, folder_digest
+from dsvlib.data.downloads import FOLDERS, folder_digest
 
 
 def done(job: Job) -> Path:
@@ -124,6 +126,7 @@ def reproduce(
     if jobs < 1:
         raise RequestError(f"--jobs: expected a whole number ≥ 1, got {jobs}")
     todo = plan(preset, only=only, device=device, data_root=data_root)
+    check_machine(todo)
     run_id = uuid.uuid4().hex
     with exclusive(run_id), stoppable():
         _check_writable()
@@ -149,10 +152,11 @@ def reproduce(
 
 def finish(preset: str, jobs: Sequence[Job], *, echo: Callable[[str], object] = print) -> None:
     """Write the page of a preset's own runs, and say how they compare with the recorded ones."""
-    page = write_wall(own_root() / preset)
     whole = {job.notebook: (job.directory, job.recorded) for job in jobs if up_to_date(job)}
+    text = compare_with_recorded(whole, own_root() / preset / "comparison.csv")
+    page = write_wall(own_root() / preset, text)
     echo(f"figures: {os.path.relpath(page, repository_root())}")
-    if text := compare_with_recorded(whole, own_root() / preset / "comparison.csv"):
+    if text:
         echo(text)
 
 
@@ -222,12 +226,20 @@ def schedule(
         status = process.wait()
     for job in jobs:
         if job.name not in ended:
-            last = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-            reason = last[-1] if last else "no message"
             echo(
                 f"{job.name} · FAILED: not started, snakemake ended with status {status}: "
-                f"{reason}; log: {os.path.relpath(log, root)}"
+                f"{_reason(log.read_text())}; log: {os.path.relpath(log, root)}"
             )
+
+
+def _reason(log: str) -> str:
+    """Return Snakemake's last error: the line that names it, and the two after it."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = [i for i, line in enumerate(lines) if re.match(r"\w*(Error|Exception)\b", line)]
+    reason = " ".join(lines[named[-1] :][:3] if named else lines[-1:]) or "no message"
+    if "No space left" in reason:
+        reason += f" (temporary files go to {tempfile.gettempdir()}, which TMPDIR moves)"
+    return reason
 
 
 @dataclass(frozen=True)
@@ -238,26 +250,32 @@ class Forecast:
     seconds: float | None
     threads: int | None
     device: str
+    bound: bool = False  # it will take less: what is known is a larger run
 
     def __str__(self) -> str:
         if self.seconds is None:
             return "unknown: no recorded run"
         cores = "" if self.threads is None else f" on {_cores(self.threads)}"
         gpu = f" ({self.device})" if self.device.startswith("cuda") else ""
-        return f"{duration(self.seconds)}{cores}{gpu}"
+        return f"{'at most ' * self.bound}{duration(self.seconds)}{cores}{gpu}"
 
 
 def expected(job: Job) -> Forecast:
     """Return what the job took in the last run here, else where it was recorded, else at all.
 
-    Where a repetition has no record, that of the run which it repeats stands for it.
+    Where a repetition has no record, that of the run which it repeats stands for it; a smoke run,
+    which nobody records, takes less than a quick one.
     """
     first = replace(job, repetition=None)
-    for directory in (job.directory, job.recorded, first.directory, first.recorded):
+    places = [job.directory, job.recorded, first.directory, first.recorded]
+    if job.preset == "smoke":
+        places.append(replace(first, preset="quick").recorded)
+    for directory in places:
         with suppress(RecordError):
             record = read_record(directory)
             threads, device = record["environment"]["threads"], record["environment"]["device"]
-            return Forecast(job.name, float(record["seconds"]), threads, device)
+            bound = record["preset"] != job.preset
+            return Forecast(job.name, float(record["seconds"]), threads, device, bound)
     return Forecast(job.name, job.expected_s, None, "")
 
 
@@ -272,7 +290,8 @@ def total(forecasts: Iterable[Forecast], jobs: int = 1) -> str:
         return "nothing to run"
     if not known:
         return f"unknown, no recorded run of any of these {len(due)} notebooks"
-    text = f"{duration(sum(known) / len(known) * len(due) / jobs)} for {len(due)} runs"
+    text = "at most " * any(f.bound for f in due)
+    text += f"{duration(sum(known) / len(known) * len(due) / jobs)} for {len(due)} runs"
     if threads := {f.threads for f in due if f.threads}:
         text += f", recorded on {' or '.join(map(_cores, sorted(threads)))}"
     guessed = len(due) - len(known)
@@ -281,23 +300,3 @@ def total(forecasts: Iterable[Forecast], jobs: int = 1) -> str:
 
 def _cores(count: int) -> str:
     return "1 core" if count == 1 else f"{count} cores"
-
-
-def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
-    """Return, for every data set that the jobs' parameters name, ``present`` or how to bring it."""
-    needed = {}
-    root = data_root or downloads_folder()
-    for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
-        if name == "digits":
-            needed[name] = "present (bundled)"
-        elif name in FOLDERS:
-            there = (root / name / "train").is_dir()
-            fix = f"missing: copy train/<class>/* and test/<class>/* to {root / name}"
-            needed[name] = "present" if there else f"{fix}, or name its folder with --data-root"
-        elif name.startswith("folder:"):
-            path = Path(name.removeprefix("folder:"))
-            needed[name] = "present" if path.is_dir() else f"missing: expected the folder {path}"
-        else:
-            there = all((root / archive.path).is_file() for archive in archives(name))
-            needed[name] = "present" if there else f"missing: dsv data fetch {name} --root {root}"
-    return needed

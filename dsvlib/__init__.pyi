@@ -5,6 +5,7 @@ from .analysis.spectrum import radial_spectrum as radial_spectrum
 from .augmentation import DSA as DSA
 from .augmentation import AugmentationConfig as AugmentationConfig
 from .augmentation import augment as augment
+from .classifiers.adversarial import AdversarialConfig as AdversarialConfig
 from .classifiers.architectures import build_model as build_model
 from .classifiers.files import load_classifier as load_classifier
 from .classifiers.files import save_classifier as save_classifier
@@ -19,6 +20,7 @@ from .conditions import residuals as residuals
 from .conditions import total_variation as total_variation
 from .data.datasets import Dataset as Dataset
 from .data.datasets import Split as Split
+from .data.datasets import as_split as as_split
 from .data.datasets import load_dataset as load_dataset
 from .distillation import DistributionMatchingConfig as DistributionMatchingConfig
 from .distillation import GradientMatchingConfig as GradientMatchingConfig

@@ -91,6 +91,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def foreign_content(path: Path) -> str | None:
+    """Return what a file holds that is often found in place of weights, with the fix, or None."""
+    with path.open("rb") as stream:
+        start = stream.read(100).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS; run git lfs pull where it was cloned"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page; download the file itself (its raw link)"
+    return None
+
+
 def read_safetensors(
     path: str | os.PathLike[str], expected: str, written_by: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -99,6 +110,8 @@ def read_safetensors(
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: expected a file that {written_by} wrote, found none")
+    if what := foreign_content(Path(path)):
+        raise ValueError(f"{path}: expected a file that {written_by} wrote, got {what}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})

@@ -9,7 +9,7 @@ it gets in the model, children before parents, and the first that fails is named
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,9 +69,16 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
     return out, weights if wanted else None
 
 
+def _hardsigmoid(inputs: Tensor, inplace: bool = False) -> Tensor:
+    """``F.hardsigmoid``, whose native backward has no derivative of its own."""
+    del inplace  # autograd would need the values that it overwrites
+    return (inputs + 3).clamp(0, 6) / 6
+
+
 _REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
+    F.hardsigmoid: _hardsigmoid,
 }
 
 
@@ -116,16 +123,23 @@ def layer_without_second_derivative(model: nn.Module, inputs: Tensor) -> str | N
     `inputs` is what the model reads, [n, …]. The model is left as it was.
     """
     names = {module: name for name, module in model.named_modules()}
+    open_calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        seen.append((module, args, kwargs))  # called after the forward pass: children come first
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # leaves of their own now: a layer may write into what it is given
+        given = {key: _leaf(value) for key, value in kwargs.items()}
+        open_calls.append((module, tuple(map(_leaf, args)), given))
 
-    handles = [m.register_forward_hook(remember, with_kwargs=True) for m in names]
+    def leave(*_: Any) -> None:
+        seen.append(open_calls.pop())  # children come first
+
+    handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]
+    handles += [m.register_forward_hook(leave) for m in names]
     try:
         with twice_differentiable(), torch.enable_grad():
-            model(inputs.detach())
-    except RuntimeError:
+            model(inputs.detach().clone())
+    except Exception:
         return None
     finally:
         for handle in handles:
@@ -136,13 +150,13 @@ def layer_without_second_derivative(model: nn.Module, inputs: Tensor) -> str | N
 
 def _twice(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the module alone can be differentiated twice in its inputs and parameters."""
-    args = tuple(_leaf(value) for value in args)
-    kwargs = {key: _leaf(value) for key, value in kwargs.items()}
     wanted = _with_history([*args, *kwargs.values(), *module.parameters()])
     try:
         with torch.enable_grad():
             with twice_differentiable():
-                out = module(*args, **kwargs)
+                out = module(*map(_copy, args), **{key: _copy(v) for key, v in kwargs.items()})
+            if isinstance(out, Mapping):
+                out = list(out.values())
             value = _energy(out if isinstance(out, tuple | list) else [out])
             if value is None or not wanted:
                 return True
@@ -168,5 +182,9 @@ def _with_history(values: Sequence[Any]) -> list[Tensor]:
 
 def _leaf(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_()
+        return value.detach().clone().requires_grad_()
     return value
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

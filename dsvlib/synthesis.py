@@ -13,6 +13,8 @@ Shapes: X [n, C, H, W], Λ [n], labels int64 [n] or float [n, K].
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,19 +40,19 @@ from dsvlib._validation import (
 from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
 from dsvlib.conditions import (
     DISTANCES,
-    Conditions,
     Distance,
-    Terms,
     best_scale,
+    distance,
     image_variation,
     primal_loss,
     residuals,
     squared_norm,
 )
 from dsvlib.frozen import evaluation_mode
-from dsvlib.logits import entropy, is_feasible
+from dsvlib.gradients import FrozenClassifier, flatten
+from dsvlib.logits import LossFn, entropy, is_feasible
 from dsvlib.solution import Solution, Status
-from dsvlib.support_set import SupportSet
+from dsvlib.support_set import SupportSet, as_targets
 
 BLACK = -0.957  # (0 − mean) / std of the bundled digits: the colour of their background
 
@@ -74,7 +76,9 @@ class SynthesisConfig:
         D: ``"cosine"`` (blind to the scale of Λ, which is set at the end to the best one),
         ``"l1"`` or ``"l2"``.
     reduction
-        Whether λᵢ weighs L as a ``"sum"`` (the stationarity equation) or a ``"mean"`` over n.
+        Whether Λ is fitted as it weighs L in a ``"sum"`` (the stationarity equation) or in a
+        ``"mean"`` over n, where rates and starts mean the same for every n. What is returned,
+        logged or shown is always the weight in the sum: λ/n for a mean.
     stationarity_weight, primal_weight, augmented_weight, tv_weight, norm_weight
         α, β1, η, β2, β3. Total variation and squared norm are taken per pixel, averaged over
         samples, so that a weight means the same at every size. α = 0 leaves out stationarity.
@@ -91,7 +95,8 @@ class SynthesisConfig:
         ones by as much less: as many pixels of X's own at every stage, so that a coarse start is
         not shaken apart.
     tolerance
-        Stop when the loss changed by less than this fraction between two logged steps; 0 never.
+        End a resolution when the loss changed by less than this fraction between two logged steps
+        of it, and go on to the next; 0 never.
     log_every
         Steps between rows of the history.
     """
@@ -168,10 +173,25 @@ class SynthesisConfig:
                 f"minimum_multiplier: expected at most initial_multiplier="
                 f"{self.initial_multiplier!r}, got {self.minimum_multiplier!r}; lower it"
             )
-        if not all(0 < fraction <= 1 for fraction in self.resolutions):
+        if not math.isfinite(self.norm_target):
+            raise ValueError(
+                f"norm_target: expected a finite number, got {self.norm_target!r}; 0 is the mean"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"betas: expected Adam's two numbers from 0 to below 1, got {self.betas!r}; "
+                f"(0.9, 0.99) is usual"
+            )
+        if not isinstance(self.augmentation, AugmentationConfig):
+            raise TypeError(
+                f"augmentation: expected an AugmentationConfig, got {self.augmentation!r}; "
+                f"augmented_weight=0 leaves it out"
+            )
+        fractions = self.resolutions if isinstance(self.resolutions, tuple | list) else (None,)
+        if not all(isinstance(f, int | float) and 0 < f <= 1 for f in fractions):
             raise ValueError(
                 f"resolutions: expected fractions of the image side above 0 and up to 1, got "
-                f"{self.resolutions}; e.g. (0.5, 1.0)"
+                f"{self.resolutions!r}; e.g. (0.5, 1.0)"
             )
         if len(self.resolutions) > self.steps:
             raise ValueError(
@@ -182,7 +202,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What `on_step` sees after each step: copies, X at full size."""
+    """What `on_step` sees after each step: copies, X at full size, λ as it weighs in the sum."""
 
     number: int
     inputs: Tensor
@@ -199,19 +219,24 @@ def synthesize(
     init: Tensor | None = None,
     bounds: tuple[Tensor, Tensor] | tuple[float, float] | None = None,
     params: Mapping[str, Tensor] | None = None,
+    loss_fn: LossFn | None = None,
+    batch_size: int | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[Step], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
+    keep_checkpoint: bool = False,
 ) -> Solution:
     """Make one deep support vector per label from noise, or from `init` (DSV Algorithm 1).
 
     Parameters
     ----------
     model
-        A trained classifier; read in evaluation mode and left as it was, also after an error.
+        A trained classifier, [n, *shape] → [n, K]; read in evaluation mode and left as it was, also
+        after an error.
     labels
-        Class numbers [n], or float rows [n, K] that sum to 1 (soft labels).
+        Class numbers [n], or float rows [n, K] that sum to 1 (soft labels); with a `loss_fn` also
+        float rows of zeros and ones, for a network that gives several labels at once.
     shape
         One sample's shape, (C, H, W); (d,) for tabular data, without image terms.
     init
@@ -221,58 +246,84 @@ def synthesize(
         every step. `Dataset.bounds` fits.
     params
         Parameters in the stationarity sum, a subset of ``dict(model.named_parameters())``.
+    loss_fn
+        ``loss_fn(logits, labels) -> [n]``, one loss per sample without reduction; default:
+        cross-entropy.
+    batch_size
+        Samples that are differentiated at a time; default: all. It bounds memory and changes the
+        result by rounding only, for about half as much time again.
     generator
         CPU generator for the start and the augmentation; default: a fresh one with seed 0.
     on_step
         Called after every step with a `Step`; an exception from it stops the run.
     checkpoint
         File that keeps the state of the run, written whole every `checkpoint_every` steps and
-        removed at the end. Where it is there, the same call goes on from it, to the same result
-        to the last bit (on the same machine); `on_step` sees only the steps still to do.
+        removed at the end unless `keep_checkpoint`. Where it is there, the same call goes on from
+        it, to the same result to the last bit (on the same machine); `on_step` sees only the steps
+        still to do.
 
     Raises ValueError or TypeError for labels, shapes, starts or bounds that do not fit, for a model
-    without second derivatives (naming the layer), and for a checkpoint of another run. A run that
+    without second derivatives (naming the layer), one whose logits do not depend on its inputs or
+    whose parameters are not finite, and for a checkpoint of another run. A run that
     becomes non-finite ends with status `NON_FINITE` and the last finite samples.
     """
     config = config or SynthesisConfig()
     check_count("checkpoint_every", checkpoint_every)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     generator = generator or torch.Generator().manual_seed(0)
     started = generator.get_state()
-    conditions = Conditions(model, params=params)
-    theta = conditions.flat_theta
-    labels = as_labels(labels).to(theta.device)
-    size = tuple(int(side) for side in shape)
+    classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
+    theta = classifier.flat_theta
+    labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
+    size = _as_shape(shape)
     x = _start(init, len(labels), size, generator).to(theta)
     limits = check_bounds(bounds, size, theta)
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     rates = (config.learning_rate, config.multiplier_learning_rate)
-    state = State(x, multipliers, labels, generator, rates, config.betas)
+    state = State(_inside(x, limits), multipliers, labels, generator, rates, config.betas)
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(
             checkpoint,
             every=checkpoint_every,
-            model={**model.state_dict(), **{f"θ {k}": v for k, v in conditions.theta.items()}},
-            config=config,
+            model={**model.state_dict(), **{f"θ {k}": v for k, v in classifier.theta.items()}},
+            config=(config, batch_size),
+            loss=getattr(loss_fn, "__qualname__", loss_fn),
             labels=labels,
             bounds=limits,
             start=(x, started),
         )
         keeper.read_into(state)
-    loss = TotalLoss(conditions, config, size)
+    loss = TotalLoss(classifier, config, size, limits, batch_size)
     with evaluation_mode(model), torch.enable_grad():
-        status = _optimise(loss, state, plan(config, size), limits, on_step, keeper)
+        status = _optimise(loss, state, plan(config, size), on_step, keeper)
         samples = loss.samples(state)
     solution = Solution(
         samples=samples,
         status=status,
         history=pd.DataFrame(state.rows),
-        residuals=residuals(model, samples, params=params),
+        residuals=residuals(
+            model, samples, params=params, loss_fn=loss_fn, batch_size=batch_size or 1000
+        ),
         config=config,
     )
-    if keeper is not None:
+    if keeper is not None and not keep_checkpoint:
         keeper.remove()
     return solution
+
+
+def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        size = tuple(operator.index(side) for side in shape)
+    except TypeError:
+        size = ()
+    if not size or min(size) < 1:
+        raise ValueError(
+            f"shape: expected one sample's shape in whole numbers, as (3, 32, 32), got {shape!r}; "
+            f"the batch dimension is not part of it"
+        )
+    return size
 
 
 def _start(
@@ -317,53 +368,127 @@ def plan(config: SynthesisConfig, shape: tuple[int, ...]) -> list[Stage]:
     return stages
 
 
+PLAIN, AUGMENTED = "", "augmented_"  # how the names of the terms of X and of A(X) begin
+Measure = Callable[[str, Tensor], Tensor]  # D of one of them: (view, Σ λᵢ ∇_θ Lᵢ) → number
+
+
 @dataclass(frozen=True)
 class TotalLoss:
     """L_total of one classifier: a pure function of X, Λ, labels and a draw of A."""
 
-    conditions: Conditions
+    classifier: FrozenClassifier
     config: SynthesisConfig
     shape: tuple[int, ...]  # of one sample, as the model reads it
+    limits: tuple[Tensor, Tensor] | None = None  # that X is kept inside
+    batch_size: int | None = None
 
-    def __call__(
-        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None
+    def terms(
+        self, x: Tensor, weights: Tensor, labels: Tensor, numbers: Draw | None, measure: Measure
     ) -> dict[str, Tensor]:
-        """Return ``"total"``, its unweighted terms and what else the history tells, by name."""
-        config, x = self.config, self.full_size(x)
-        weights = multipliers / len(x) if config.reduction == "mean" else multipliers
-        plain = self._kkt(x, weights, labels)
-        terms = {
-            "stationarity": plain.stationarity,
-            "primal": plain.primal,
-            "feasible": is_feasible(plain.logits, labels).to(x.dtype).mean(),
-            "entropy": entropy(plain.logits.detach()).mean(),
-            "multiplier_sum": multipliers.sum(),
-            "active": (multipliers > 0).to(x.dtype).mean(),
-        }
-        total = self._weighted(plain)
-        if numbers is not None:
-            augmented = self._kkt(apply(x, numbers), weights, labels)
-            total = total + config.augmented_weight * self._weighted(augmented)
-            terms["augmented_stationarity"] = augmented.stationarity
-            terms["augmented_primal"] = augmented.primal
-        if config.tv_weight and x.ndim == 4:
-            terms["tv"] = image_variation(x).mean() / x[0].numel()
-            total = total + config.tv_weight * terms["tv"]
-        if config.norm_weight and x.ndim == 4:
-            terms["norm"] = squared_norm(x, config.norm_target).mean()
-            total = total + config.norm_weight * terms["norm"]
-        return {"total": total} | terms
+        """Return the terms of L_total by name, unweighted, and what else the history tells.
 
-    def _kkt(self, x: Tensor, weights: Tensor, labels: Tensor) -> Terms:
-        if self.config.stationarity_weight:
-            return self.conditions.terms(x, labels, weights, self.config.distance)
-        # no parameter gradient is needed then, nor its derivative
-        losses, logits = self.conditions.losses(x, labels)
-        return Terms(losses.new_zeros(()), primal_loss(losses, logits, labels), logits)
+        `weights` are those of the samples in the sum g = Σ λᵢ ∇_θ Lᵢ; `measure(view, g)` is D.
+        """
+        terms = {}
+        for view, seen in self._views(x, numbers).items():
+            losses, logits = self.classifier.losses(seen, labels)
+            terms[f"{view}stationarity"] = losses.new_zeros(())
+            if self.config.stationarity_weight:  # else no derivative in θ is needed
+                gradient = flatten(self.classifier.gradient(losses, weights))
+                terms[f"{view}stationarity"] = measure(view, gradient)
+            terms[f"{view}primal"] = primal_loss(losses, logits, labels)
+            if view == PLAIN:
+                terms["feasible"] = is_feasible(logits, labels).to(x.dtype).mean()
+                terms["entropy"] = _entropy(logits.detach()).mean()
+                if self.config.tv_weight and x.ndim == 4:
+                    terms["tv"] = image_variation(seen).mean() / seen[0].numel()
+                if self.config.norm_weight and x.ndim == 4:
+                    terms["norm"] = squared_norm(seen, self.config.norm_target).mean()
+        return terms
 
-    def _weighted(self, terms: Terms) -> Tensor:
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return L_total (Eq. 9) from its terms."""
         config = self.config
-        return config.stationarity_weight * terms.stationarity + config.primal_weight * terms.primal
+        kkt = {"stationarity": config.stationarity_weight, "primal": config.primal_weight}
+        augmented = {f"{AUGMENTED}{k}": config.augmented_weight * w for k, w in kkt.items()}
+        weights = kkt | augmented | {"tv": config.tv_weight, "norm": config.norm_weight}
+        return torch.stack([w * terms[k] for k, w in weights.items() if k in terms]).sum()
+
+    def differentiate(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None, *, check: bool
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return the terms with ``"total"``, and the slopes of L_total in X and Λ.
+
+        In batches the result is the same: a first sweep finds g and the slope of D there, a second
+        one has ⟨slope, g_batch⟩ for D(g), whose derivatives in the samples are the same. With
+        `check`, a function that forgets its second derivative is found.
+        """
+        count = len(x)
+        measure, distances = self._measure(x, multipliers, labels, numbers)
+        terms: dict[str, Tensor] = {}
+        slopes = []
+        for part in self._parts(count):
+            leaves = [value.detach()[part].requires_grad_() for value in (x, multipliers)]
+            weights = self.in_sum(leaves[1], count)
+            drawn = None if numbers is None else numbers.rows(part)
+            own = self.terms(leaves[0], weights, labels[part], drawn, measure)
+            share = len(leaves[0]) / count  # all terms but the sum over samples are means
+            own = {k: v if k.endswith("stationarity") else share * v for k, v in own.items()}
+            slopes.append(self._slopes(own, leaves, check=check))
+            terms = {k: v.detach() + terms.get(k, 0.0) for k, v in own.items()}
+        terms |= distances
+        terms["multiplier_sum"] = self.in_sum(multipliers.detach(), count).sum()
+        terms["active"] = (multipliers > 0).to(x.dtype).mean()
+        return {"total": self.total(terms)} | terms, [
+            torch.cat(p) for p in zip(*slopes, strict=True)
+        ]
+
+    def _slopes(
+        self, terms: dict[str, Tensor], leaves: list[Tensor], *, check: bool
+    ) -> list[Tensor]:
+        total = self.total(terms)
+        try:
+            if check:
+                check_not_severed(total)
+            return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            inputs = self.full_size(leaves[0].detach())
+            raise ValueError(explain_failure(self.classifier.model, inputs, error)) from error
+
+    def _measure(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None
+    ) -> tuple[Measure, dict[str, Tensor]]:
+        """Return D as a function of (view, g), or in batches its linear part, with D's values."""
+        theta, kind = self.classifier.flat_theta, self.config.distance
+        if len(self._parts(len(x))) == 1 or not self.config.stationarity_weight:
+            return lambda _, gradient: distance(theta, gradient, kind), {}
+        values, slopes = {}, {}
+        for view, gradient in self.gradients(x, multipliers, labels, numbers).items():
+            leaf = gradient.requires_grad_()
+            value = distance(theta, leaf, kind)
+            slopes[view] = torch.autograd.grad(value, leaf)[0]
+            values[f"{view}stationarity"] = value.detach()
+        return lambda view, gradient: slopes[view] @ gradient, values
+
+    def gradients(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None = None
+    ) -> dict[str, Tensor]:
+        """Return g = Σ λᵢ ∇_θ Lᵢ of each view, [P], batch by batch, without a graph."""
+        weights = self.in_sum(multipliers.detach(), len(x))
+        sums: dict[str, Tensor] = {}
+        for part in self._parts(len(x)):
+            drawn = None if numbers is None else numbers.rows(part)
+            for view, seen in self._views(x.detach()[part], drawn).items():
+                losses, _ = self.classifier.losses(seen, labels[part])
+                own = self.classifier.gradient(losses, weights[part], differentiable=False)
+                sums[view] = flatten(own) + sums.get(view, 0.0)
+        return sums
+
+    def in_sum(self, multipliers: Tensor, count: int) -> Tensor:
+        """Return the weights of samples in Σ λᵢ ∇_θ Lᵢ: λ, or λ/n where L is averaged."""
+        return multipliers / count if self.config.reduction == "mean" else multipliers
 
     def full_size(self, x: Tensor) -> Tensor:
         """Return X at the size that the model reads."""
@@ -371,41 +496,43 @@ class TotalLoss:
             return x
         return F.interpolate(x, size=self.shape[-2:], mode="bilinear")
 
-    def seen(self, state: State, total: Tensor) -> Step:
-        """Return what `on_step` gets."""
-        x, multipliers = self.full_size(state.x.detach()).clone(), state.multipliers.detach()
-        return Step(state.step, x, multipliers.clone(), float(total.detach()))
+    def shown(self, state: State) -> tuple[Tensor, Tensor]:
+        """Return copies of X, at full size, and of the weights of its samples in the sum."""
+        x = self.full_size(state.x.detach())
+        x = _inside(x, self.limits).clone()  # up-sampling may round beyond them
+        return x, self.in_sum(state.multipliers.detach(), len(x)).clone()
 
     def samples(self, state: State) -> SupportSet:
         """Return X and Λ, under the cosine with the scale that fits θ best: D is blind to it."""
-        x, multipliers = self.full_size(state.x.detach()), state.multipliers.detach()
+        x, weights = self.shown(state)
         if self.config.distance == "cosine" and self.config.stationarity_weight:
-            losses, _ = self.conditions.losses(x, state.labels)
-            parts = self.conditions.gradient(losses, multipliers, differentiable=False)
-            gradient = torch.cat([part.reshape(-1) for part in parts])
-            scale = best_scale(self.conditions.flat_theta, gradient)
+            gradient = self.gradients(x, state.multipliers, state.labels)[PLAIN]
+            scale = best_scale(self.classifier.flat_theta, gradient)
             if 0 < scale < float("inf"):
-                multipliers = multipliers * scale
-        return SupportSet(x, state.labels, multipliers)
+                weights = weights * scale
+        return SupportSet(x, state.labels, weights)
 
-    def slopes(self, total: Tensor, x: Tensor, multipliers: Tensor, *, first: bool) -> list[Tensor]:
-        """Return ∂L_total/∂X and ∂L_total/∂Λ; the `first` time, check that they are whole."""
-        try:
-            if first:
-                check_not_severed(total)
-            return list(torch.autograd.grad(total, [x, multipliers], materialize_grads=True))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            inputs = self.full_size(x.detach())
-            raise ValueError(explain_failure(self.conditions.model, inputs, error)) from error
+    def _views(self, x: Tensor, numbers: Draw | None) -> dict[str, Tensor]:
+        """Return X and, where A was drawn, A(X), at full size, by what their terms begin with."""
+        x = self.full_size(x)
+        return {PLAIN: x} if numbers is None else {PLAIN: x, AUGMENTED: apply(x, numbers)}
+
+    def _parts(self, count: int) -> list[slice]:
+        size = self.batch_size or count
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of each sample, [n]; one logit is the score of class 1 against 0."""
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return entropy(logits)
 
 
 def _optimise(
     loss: TotalLoss,
     state: State,
     stages: Sequence[Stage],
-    limits: tuple[Tensor, Tensor] | None,
     on_step: Callable[[Step], None] | None,
     keeper: Checkpoint | None,
 ) -> Status:
@@ -414,11 +541,12 @@ def _optimise(
     for index in range(state.stage, len(stages)):
         stage, status = stages[index], Status.ALL_STEPS
         if index > state.stage or not state.step:
-            state.enter(index, _inside(_resized(state.x, stage.size), limits))
+            state.enter(index, _inside(_resized(state.x, stage.size), loss.limits))
         for local in progress_bar(range(state.local, stage.steps), "synthesis"):
             numbers = _draw(stage, loss.shape, state)
-            terms = loss(state.x, state.multipliers, state.labels, numbers)
-            slopes = loss.slopes(terms["total"], state.x, state.multipliers, first=not local)
+            terms, slopes = loss.differentiate(
+                state.x, state.multipliers, state.labels, numbers, check=not state.step
+            )
             if not _finite(terms["total"], *slopes):
                 state.go_back()
                 return Status.NON_FINITE
@@ -426,14 +554,14 @@ def _optimise(
             logged = state.log(terms, every=config.log_every, last=last)
             state.move(slopes, learning_rate_factor(config.schedule, local / stage.steps))
             with torch.no_grad():
-                state.x.copy_(_inside(state.x, limits))
+                state.x.copy_(_inside(state.x, loss.limits))
                 if config.negative_multiplier == "clamp":
                     state.multipliers.clamp_(min=config.minimum_multiplier)
                 elif not state.drop_negative():
                     state.go_back()
                     return Status.NO_CANDIDATES
             if on_step is not None:
-                on_step(loss.seen(state, terms["total"]))
+                on_step(Step(state.step, *loss.shown(state), float(terms["total"])))
             if logged and state.settled(config.tolerance):
                 status = Status.CONVERGED
                 break

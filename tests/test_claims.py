@@ -73,7 +73,7 @@ def test_claim_without_a_run_is_red_and_never_missing() -> None:
 def test_no_verdict_is_typed_into_the_data_file() -> None:
     text = CLAIMS.read_text(encoding="utf-8")
     for line in text.splitlines():
-        if line.lstrip().startswith(("verdict:", "values:")):
+        if line.lstrip().startswith(("rule:", "headline:")):
             assert not any(word in line for word in ("reproduced", "partly", "not attempted"))
 
 
@@ -179,7 +179,7 @@ def test_bad_requests_are_one_sentence(
     for text, message in [
         ("papers: [", "expected 'papers' and 'ours'"),
         ("papers: {X: {wher: a}}\nours: {}", "unknown key of claims.yml: X 'wher'"),
-        ("papers: {X: {verdict: {colum: a}}}\nours: {}", "'colum'; did you mean 'column'"),
+        ("papers: {X: {rule: {colum: a}}}\nours: {}", "'colum'; did you mean 'column'"),
     ]:
         broken.write_text(text)
         monkeypatch.setattr("companion.ledger.claims.CLAIMS", broken)

@@ -60,6 +60,21 @@ def test_their_names_are_known_where_they_are_missing() -> None:
         (["reproduce", "--only", "77"], "unknown notebook '77'"),
         (["notebooks", "run", "77"], "unknown notebook '77'"),
         (["notebooks", "run", "04", "--threads", "0"], "--threads"),
+        (["reproduce", "--jobs", "99999999999999999999"], "from 1 to 1024"),
+        (["notebooks", "run", "04", "--threads", "99999999999999999999"], "from 1 to 1024"),
+        (["reproduce", "--device", "tpu"], "--device: expected auto, cpu, cuda or cuda:N"),
+        (["reproduce", "--device", "cuda:"], "--device: expected auto, cpu, cuda or cuda:N"),
+        (["reproduce", "--device", "cuda:999"], "--device: expected auto or cpu, since torch sees"),
+        (["notebooks", "run", "04", "--device", "cuda:999"], "since torch sees"),
+        (["cell", "DSV", "1", "0", "--device", "cuda:999"], "since torch sees"),
+        (["record", "--device", "cuda:999"], "since torch sees"),
+        (["reproduce", "--data-root", ""], "--data-root: expected a folder, got ''"),
+        (["reproduce", "--data-root", "pyproject.toml"], "--data-root: expected a folder"),
+        (["notebooks", "run", "04", "--data-root", "no/such"], "--data-root: expected a folder"),
+        (["cell", "DSV", "1", "0", "--data-root", "no/such"], "--data-root: expected a folder"),
+        (["cell", "DSV", "1", "0", "--seeds", "-1"], "--seeds: expected whole numbers from 0"),
+        (["cell", "DSV", "1", "0", "--seeds", "99999999999"], "--seeds: expected whole numbers"),
+        (["cell", "DSV", "1", "0", "--seeds", "0;1"], "--seeds: expected numbers with commas"),
         (["claims", "--scale", "quik"], "did you mean 'quick'"),
         (["doctor", "--preset", "quik"], "did you mean 'quick'"),
         (["doctor", "--data-root", "no/such/folder"], "--data-root: expected a folder"),
@@ -75,6 +90,30 @@ def test_wrong_request_is_status_two_and_one_line(
 ) -> None:
     assert run(*words) == 2
     assert message in stderr_line(capsys)
+
+
+@pytest.mark.parametrize("command", [["reproduce"], ["notebooks", "run", "05"]])
+def test_photographs_that_are_not_there_are_said_before_anything_starts(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("reproduce", "run_job"):
+        monkeypatch.setattr(workflow, name, lambda *_, **__: pytest.fail("started"))
+    assert run(*command, "--preset", "cifar10", "--data-root", str(tmp_path)) == 2
+    line = stderr_line(capsys)
+    assert f"copy train/<class>/* and test/<class>/* to {tmp_path}/cifar10-jpeg" in line
+
+
+def test_one_of_several_folders_of_photographs_is_enough_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(workflow, "reproduce", lambda *_, **__: started.append(1) or True)
+    (tmp_path / "cifar10-jpeg" / "train").mkdir(parents=True)
+    assert run("reproduce", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
+    assert started
 
 
 def test_failed_notebook_is_status_one(

@@ -59,16 +59,20 @@ def test_the_words_say_how_many_which_and_by_how_much(checkout: Path) -> None:
     where = {job.notebook: (job.directory, job.recorded)}
     table = checkout / "comparison.csv"
     publish(job, steps=6.0)
-    assert compare_with_recorded(where, table) == "not compared, no recorded run: 01"
+    assert compare_with_recorded(where, table) == "not compared: 01, no recorded run"
     assert not table.exists()
     publish_at(job.recorded, steps=5.0)
     text = compare_with_recorded(where, table).splitlines()
     assert text[0].startswith("0 of 1 recorded values repeated within their spread")
     assert text[1].split()[-2:] == ["difference", "of_what_is_allowed"]
-    assert text[2].split() == ["K1", "steps", "5.00", "±", "0.50", "6", "+1", "2.0"]
+    assert text[2].split() == ["01", "K1", "steps", "5.00", "±", "0.50", "6", "+1", "2.0"]
     assert text[3] == "all of them: comparison.csv"
     (row,) = pd.read_csv(table).to_dict("records")
     assert (row["own"], row["recorded"], row["verdict"]) == (6.0, 5.0, "not repeated")
+    record = job.recorded / "record.json"
+    record.write_text(record.read_text().replace("5", "6"))
+    assert compare_with_recorded(where, table).startswith("not compared: 01, figures of quick/01_")
+    publish_at(job.recorded, steps=5.0)
     publish(job, steps=5.5)
     text = compare_with_recorded(where, table).splitlines()
     assert text[0].startswith("1 of 1 ")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from dsvlib import SupportSet, deepkkt_loss, residuals, total_variation, weighted_gradient
-from dsvlib.conditions import squared_norm
+from dsvlib.conditions import best_scale, distance, squared_norm
 from dsvlib.logits import cross_entropy
 
 KINDS = ("dense", "conv", "conv-group", "conv-batch")
@@ -299,6 +299,58 @@ def test_cosine_of_a_vanishing_gradient_is_finite():
     (slope,) = torch.autograd.grad(loss, inputs)
     assert loss.item() == 1
     assert torch.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("exponent", [0, -10, -20, -27, -30, -36])
+def test_cosine_does_not_underflow(exponent):
+    """In float32, squares of entries below 1e-23 are 0."""
+    model, samples = build("dense").float(), candidates(3)
+    size = 10.0**exponent
+    samples = SupportSet(samples.inputs.float(), samples.labels, samples.multipliers.float())
+
+    def small(logits: Tensor, labels: Tensor) -> Tensor:
+        return size * cross_entropy(logits, labels)
+
+    one = deepkkt_loss(model, samples, primal_weight=0)
+    inputs, multipliers = leaves(samples)
+    live = SupportSet(inputs, samples.labels, multipliers)
+    loss = deepkkt_loss(model, live, loss_fn=small, primal_weight=0)
+    assert float(loss) == pytest.approx(float(one), rel=1e-3)
+    slopes = torch.autograd.grad(loss, [inputs, multipliers])
+    wanted = torch.autograd.grad(deepkkt_loss(model, live, primal_weight=0), [inputs, multipliers])
+    if exponent >= -30:
+        for slope, expected in zip(slopes, wanted, strict=True):
+            torch.testing.assert_close(slope, expected, rtol=1e-2, atol=1e-4)
+    found, expected = (residuals(model, samples, loss_fn=f) for f in (small, None))
+    assert found.cosine == pytest.approx(expected.cosine, rel=1e-3)
+    if exponent >= -30:
+        g = flat(weighted_gradient(model, samples, loss_fn=small))
+        theta = flat(dict(model.named_parameters())).detach()
+        own = flat(weighted_gradient(model, samples))
+        assert best_scale(theta, g) * size == pytest.approx(best_scale(theta, own), rel=1e-3)
+
+
+def test_cosine_of_large_numbers_does_not_overflow():
+    theta, gradient = torch.full((4,), 1e25), torch.tensor([1e30, 1e30, 0.0, 0.0])
+    assert float(distance(theta, gradient, "cosine")) == pytest.approx(1 + 0.5**0.5)
+
+
+def test_single_logit_networks_by_a_loss_of_their_own():
+    model, samples = nn.Sequential(nn.Flatten(), nn.Linear(32, 1)).double(), candidates(4)
+    samples = replace(samples, labels=torch.tensor([0, 1, 1, 0]))
+
+    def logistic(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.softplus(-(2.0 * labels - 1) * logits[:, 0])
+
+    loss = deepkkt_loss(model, samples, loss_fn=logistic, distance="l2", primal_weight=1.0)
+    scores = model(samples.inputs)[:, 0]
+    losses = logistic(scores[:, None], samples.labels)
+    pull = torch.autograd.grad(samples.multipliers @ losses, list(model.parameters()))
+    theta = torch.cat([p.detach().flatten() for p in model.parameters()])
+    rest = theta + torch.cat([part.flatten() for part in pull])
+    wrong = (scores > 0) != (samples.labels == 1)
+    expected = (losses * wrong).mean() + rest.square().mean()
+    torch.testing.assert_close(loss, expected)
 
 
 # --- priors --------------------------------------------------------------------------------------

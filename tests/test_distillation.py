@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from dsvlib.distillation import (
     DistributionMatchingConfig,
     GradientMatchingConfig,
     _matching,
+    distribution_matching,
     feature_distance,
     gradient_distance,
     gradient_matching,
@@ -258,10 +260,115 @@ def test_matching_loss_falls(method: Callable[..., Solution]) -> None:
 
 
 def test_batch_norm_reads_the_real_images() -> None:
-    solution = dc(
-        make_split(), 2, network_options=NETWORK | {"norm": "batch"}, steps=1, loops=(2, 1)
-    )
+    """DC takes the statistics of the first real batch, and keeps them for both sides."""
+    options = NETWORK | {"norm": "batch"}
+    solution = dc(make_split(), 2, network_options=options, steps=1, loops=(2, 1))
     assert solution.status is Status.ALL_STEPS
+    config = GradientMatchingConfig(network_options=options)
+    run = _matching.Matching(make_split(), 2, config, None, seeded(5))
+    network = run.fresh_network()
+    real, synthetic = run.batches()
+    seen: list[Tensor] = []
+    norm = next(m for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # the last pass, and there is one
+    network.train()(real.flatten(0, 1))
+    handle.remove()
+    torch.testing.assert_close(norm.running_mean, seen[0].mean(dim=(0, 2, 3)))
+    network.eval()
+    expected = gradient_distance(
+        class_gradients(network, real), class_gradients(network, synthetic)
+    )
+    assert solution.history.matching.iloc[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [dc, dm])
+def test_real_batches_are_drawn_anew(
+    method: Callable[..., Solution], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    place, name = (
+        (gradient_matching, "_real_gradients")
+        if method is dc
+        else (distribution_matching, "_features")
+    )
+    original = getattr(place, name)
+
+    def note(network: nn.Module, images: Tensor) -> Any:
+        if images.shape[1] == 4:  # the synthetic ones are two
+            seen.append(images.detach().clone())
+        return original(network, images)
+
+    monkeypatch.setattr(place, name, note)
+    split = make_split()
+    method(split, 2, batch_real=4, augmentation=None, **({"loops": (3, 1)} if method is dc else {}))
+    assert len(seen) == (9 if method is dc else 3)
+    for first, second in itertools.pairwise(seen):
+        assert not torch.equal(first, second)
+    for label, images in enumerate(seen[0]):
+        own = split.inputs[split.labels == label]
+        assert all(any(torch.equal(image, other) for other in own) for image in images)
+
+
+class Recurrent(nn.Module):
+    """Rows as a sequence: no network that `build_model` makes, nor one that vmap can take."""
+
+    def __init__(self, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(8, 6, batch_first=True), nn.Linear(6, classes)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return {"logits": self.head(self.cell(inputs[:, 0])[0][:, -1])}
+
+
+@pytest.mark.parametrize("which", ["gradients", "distributions"])
+def test_networks_of_ones_own(which: str) -> None:
+    split, made = make_split(), []
+
+    def build() -> nn.Module:
+        made.append(Recurrent())
+        return made[-1]
+
+    if which == "gradients":
+        config: Any = GradientMatchingConfig(steps=25, log_every=1, init="noise", loops=(1, 1))
+        method: Callable[..., Solution] = match_gradients
+    else:
+        config = DistributionMatchingConfig(
+            steps=25, log_every=1, init="noise", augmentation=None, learning_rate=5.0
+        )
+        method = match_distributions
+    before = torch.get_rng_state()
+    runs = [
+        method(split, per_class=1, config=config, build_model=build, generator=seeded(5))
+        for _ in range(2)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(runs[0].samples.inputs, runs[1].samples.inputs)
+    assert not torch.equal(made[1].head.weight, made[2].head.weight)  # fresh each time
+    history = runs[0].history.matching
+    assert history.iloc[-5:].mean() < history.iloc[:3].mean()
+    with pytest.raises(ValueError, match="a logit for each of 3 classes, got 2"):
+        method(split, per_class=1, config=config, build_model=lambda: Recurrent(2))
+
+
+def test_batched_gradients_fall_back_to_a_loop() -> None:
+    network = Recurrent().double()
+    images = torch.randn(CLASSES, 2, *SHAPE).double().requires_grad_()
+    batched = gradient_matching._gradients(network, images)
+    for have, want in zip(batched, gradient_matching._real_gradients(network, images), strict=True):
+        torch.testing.assert_close(have, want)
+        assert have.requires_grad
+
+
+def test_pdds_multipliers_have_the_scale_that_fits_best() -> None:
+    """The cosine leaves it open; what is left over is then orthogonal to the fit."""
+    solution = pdd(make_split(), 2, multiplier_learning_rate=0.1)
+    assert solution.residuals is not None
+    cosine = solution.residuals.cosine
+    assert cosine > 0
+    assert solution.residuals.stationarity == pytest.approx((1 - cosine**2) ** 0.5, rel=1e-4)
 
 
 def test_deepkkt_term_lowers_the_deepkkt_loss_and_leaves_the_classifier() -> None:
@@ -291,6 +398,8 @@ def test_deepkkt_term_lowers_the_deepkkt_loss_and_leaves_the_classifier() -> Non
         ({"per_class": 1, "shot": 7}, "class 0: expected at least 7 real images, got 6"),
         ({"per_class": 1, "shot": 0}, "shot: expected a finite number ≥ 1, got 0"),
         ({"per_class": 1, "init": "reel"}, "did you mean 'real'"),
+        ({"per_class": 1, "momentum": 1.0}, "momentum: expected a number from 0 to below 1"),
+        ({"per_class": 1, "momentum": float("nan")}, "momentum: expected a finite number"),
         ({"per_class": 1, "steps": 0}, "steps: expected a finite number ≥ 1"),
         ({"per_class": 1, "network": "convent"}, "did you mean 'convnet'"),
     ],
@@ -301,6 +410,12 @@ def test_bad_input_is_told_in_one_sentence(
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         method(make_split(), **arguments)
+
+
+@pytest.mark.parametrize("loops", [(1,), (1, 2, 3), ()])
+def test_loops_are_two(loops: Any) -> None:
+    with pytest.raises(ValueError, match="loops: expected two counts"):
+        GradientMatchingConfig(loops=loops)
 
 
 def test_bad_data_is_told_in_one_sentence() -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from dsvlib import EvaluationConfig, SupportSet, TrainConfig, evaluate
+from dsvlib import EvaluationConfig, SupportSet, TrainConfig, evaluate, evaluation, train
 from dsvlib.augmentation import DSA
 from dsvlib.data.datasets import Split
 
@@ -91,6 +92,25 @@ def test_seeds_give_different_networks(real, test_part):
     assert not torch.equal(weights[0], weights[1])
 
 
+def test_weights_and_batches_come_from_separate_streams(real, test_part, monkeypatch):
+    first, batches = [], []
+
+    def build() -> nn.Module:
+        first.append(torch.rand(5))
+        return network()
+
+    def watched(model, split, *, config, generator):
+        batches.append(torch.rand(5, generator=generator))
+        return train(model, split, config=config, generator=generator)
+
+    monkeypatch.setattr(evaluation, "train", watched)
+    evaluate(real[:20], test_part[:20], build_model=build, config=SHORT, seeds=[3, 4, 3, -1])
+    assert torch.equal(batches[0], batches[2])
+    assert not torch.equal(batches[0], batches[1])
+    for drawn in first:
+        assert all(not torch.equal(drawn, other) for other in batches)
+
+
 def test_shuffled_labels_teach_nothing(real, test_part):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     shuffled = replace(real, labels=real.labels[order])
@@ -120,6 +140,15 @@ def test_soft_test_labels_count_as_their_largest(real, test_part):
     found = evaluate(real, soft, build_model=network, config=SHORT, seeds=[0])
     assert torch.equal(found.accuracies, hard.accuracies)
     assert found.per_class.equals(hard.per_class)
+
+
+def test_any_torch_data_set_will_do(real, test_part):
+    pairs = TensorDataset(test_part.inputs, test_part.labels)
+    expected = evaluate(real, test_part, build_model=network, config=SHORT, seeds=[0])
+    for data in (pairs, DataLoader(pairs, batch_size=64)):
+        found = evaluate(real, data, build_model=network, config=SHORT, seeds=[0])
+        assert torch.equal(found.accuracies, expected.accuracies)
+        assert found.per_class.equals(expected.per_class)
 
 
 def test_data_are_untouched(real, test_part):
@@ -170,6 +199,8 @@ def test_labels_must_fit_the_network(real, test_part):
 def test_no_seeds_are_refused(real, test_part):
     with pytest.raises(ValueError, match="expected at least one seed, got none"):
         evaluate(real, test_part, build_model=network, config=SHORT, seeds=[])
+    with pytest.raises(TypeError, match=r"several whole numbers, got 5; pass range\(5\)"):
+        evaluate(real, test_part, build_model=network, config=SHORT, seeds=5)
 
 
 def test_wrong_test_shapes_are_refused_before_training(real, test_part):

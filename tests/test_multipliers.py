@@ -11,7 +11,15 @@ from conftest import CLASSES, Gain, build, candidates, delicate, sample_gradient
 from scipy.optimize import lsq_linear, nnls
 from torch import nn
 
-from dsvlib import GradientConfig, NNLSConfig, Status, SupportSet, fit_multipliers, residuals
+from dsvlib import (
+    GradientConfig,
+    NNLSConfig,
+    Status,
+    SupportSet,
+    fit_multipliers,
+    residuals,
+    weighted_gradient,
+)
 from dsvlib.conditions import DISTANCES, Conditions
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import SampleGradients
@@ -326,6 +334,62 @@ def test_batches_change_nothing(kind, untouched):
         np.testing.assert_allclose(small.history, whole.history, rtol=1e-8)
 
 
+def reference(theta, gradients, config):
+    """The paper's fit in the open: Adam's formulas on λ / unit, D by autograd, G as a matrix."""
+    total = gradients.sum(axis=0)
+    unit = -(total @ theta) / (total @ total)
+    unit = unit if unit > 0 else 1.0
+    scaled = torch.ones(len(gradients)).double()
+    if config.start == "random":
+        scaled = 2 * torch.rand(len(gradients), generator=torch.Generator().manual_seed(0)).double()
+    theta, gradients = torch.tensor(theta), torch.tensor(gradients)
+    first, second = torch.zeros_like(scaled), torch.zeros_like(scaled)
+    alive = torch.ones_like(scaled)
+    path = [unit * scaled]
+    for step in range(config.steps):
+        leaf = scaled.clone().requires_grad_()
+        rest = theta + (unit * leaf) @ gradients
+        value = {
+            "l1": rest.abs().mean(),
+            "l2": rest.square().mean(),
+            "cosine": 1 + theta @ (rest - theta) / theta.norm() / (rest - theta).norm(),
+        }[config.distance]
+        slope = torch.autograd.grad(value, leaf)[0] * alive
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        rate = config.learning_rate
+        if config.schedule == "cosine":
+            rate *= (1 + np.cos(np.pi * step / config.steps)) / 2
+        down = (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-20
+        scaled = scaled - rate * first / (1 - 0.9 ** (step + 1)) / down
+        if config.negative_multiplier == "remove":
+            alive = alive * (scaled >= 0)
+            scaled = scaled * alive
+        scaled = scaled.clamp(min=0)
+        path.append(unit * scaled)
+    return torch.stack(path)
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("rule", ["clamp", "remove"])
+@pytest.mark.parametrize("start", ["equal", "random"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_fit_is_the_one_written_out(kind, rule, start, schedule):
+    model, samples = build("dense"), candidates(12)
+    config = GradientConfig(
+        steps=12,
+        learning_rate=0.3,
+        distance=kind,
+        negative_multiplier=rule,
+        start=start,
+        schedule=schedule,
+    )
+    expected = reference(*sample_gradients(model, samples), config)
+    path = []
+    fit(model, samples, method="gradient", config=config, on_step=lambda _, x: path.append(x))
+    torch.testing.assert_close(torch.stack(path), expected)
+    assert float(expected.min()) == 0 or kind == "l1"  # the rule had something to do
+
+
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("rule", ["clamp", "remove"])
 @pytest.mark.parametrize("start", ["equal", "random"])
@@ -404,6 +468,78 @@ def test_warm_start_and_convergence():
     torch.testing.assert_close(
         warm.samples.multipliers, exact.samples.multipliers, rtol=1e-3, atol=1e-3
     )
+
+
+def test_one_sample_gets_the_multiplier_of_the_exact_problem():
+    """The cosine cannot see the scale of a single λ: its slope is rounding."""
+    model = build("conv")
+    for label in range(CLASSES):
+        one = dataclasses.replace(candidates(1), labels=torch.tensor([label]))
+        exact = fit(model, one)
+        for kind in DISTANCES:
+            config = GradientConfig(steps=400, distance=kind, learning_rate=0.05)
+            solution = fit(model, one, method="gradient", config=config)
+            assert solution.status is Status.ALL_STEPS
+            if kind != "l1":
+                torch.testing.assert_close(
+                    solution.samples.multipliers, exact.samples.multipliers, rtol=1e-3, atol=1e-6
+                )
+
+
+def test_an_exact_start_is_kept():
+    """Softmax regression at its optimum: equal multipliers are a point without slope."""
+    torch.manual_seed(0)
+    points, labels = torch.randn(8, 5).double(), torch.arange(8) % CLASSES
+    model = nn.Linear(5, CLASSES, bias=False).double()
+    samples = SupportSet(points, labels, torch.full((8,), 0.7).double())
+    for _ in range(500):  # θ = −Σ λ∇L(θ) by damped substitution
+        pull = weighted_gradient(model, samples)["weight"]
+        model.weight.data = 0.8 * model.weight.data - 0.2 * pull
+    assert residuals(model, samples).stationarity < 1e-12
+    for kind in ("l2", "cosine"):
+        config = GradientConfig(steps=1, learning_rate=1e-9, distance=kind)
+        solution = fit(model, samples, method="gradient", config=config, init=samples.multipliers)
+        assert solution.status is Status.ALL_STEPS
+        torch.testing.assert_close(solution.samples.multipliers, samples.multipliers)
+
+
+def test_no_scale_fits_where_every_gradient_points_along_theta():
+    model = Score([1.0, 0.0], 0.0)
+    points = torch.tensor([[1.0, 0.5], [2.0, -1.0]]).double()
+    solution = fit_multipliers(
+        model,
+        points,
+        [0, 0],
+        method="gradient",
+        params={"weight": model.weight},
+        loss_fn=linear_loss,
+        config=GradientConfig(steps=5),
+    )
+    assert solution.samples.multipliers.tolist() == [0, 0]
+    assert solution.residuals.stationarity == 1
+    assert solution.history["multiplier_sum"].iloc[-1] == 0
+
+
+def test_a_confident_sample_moves_as_far_as_the_others():
+    """Adam divides by the size of a derivative: its ε has to be smaller than any of them."""
+    model, samples = build("dense"), candidates(6)
+
+    def loss(logits, labels):
+        weight = torch.where(labels >= CLASSES, 1e-10, 1.0).to(logits.dtype)
+        return weight * cross_entropy(logits, labels % CLASSES)
+
+    path = []
+    fit_multipliers(
+        model,
+        samples.inputs,
+        samples.labels + CLASSES * (torch.arange(6) == 4),
+        method="gradient",
+        loss_fn=loss,
+        config=GradientConfig(steps=1, distance="l2"),
+        on_step=lambda _, multipliers: path.append(multipliers),
+    )
+    moved = (path[1] - path[0]).abs() / path[0]
+    torch.testing.assert_close(moved, torch.full((6,), 0.1).double())
 
 
 def test_removed_samples_stay_out_and_in_place():

@@ -97,7 +97,7 @@ def test_the_map_of_equations_leads_to_functions() -> None:
     assert len(rows_of_the_map()) > 25
     for where, _, function, notebook in rows_of_the_map():
         assert re.fullmatch(r"\[(\d\d)\]\(notebooks/\1_\w+\.ipynb\)", notebook), where
-        pairs = re.findall(r"`(dsvlib/[\w/]+)\.py` `(\w+)`", function)
+        pairs = re.findall(r"`((?:dsvlib|companion)/[\w/]+)\.py` `(\w+)`", function)
         assert pairs or function == "in the notebook", where
         for module, name in pairs:
             assert hasattr(importlib.import_module(module.replace("/", ".")), name), (module, name)

@@ -6,7 +6,9 @@ Each test works in a small git checkout.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,13 @@ from matplotlib.figure import Figure
 from companion import cli, recording
 from companion.ledger.claims import claim_rows
 from companion.ledger.results import results
+from companion.notebooks import refresh_notebooks
 from companion.presets import plan
 from companion.recording import record
-from companion.runs import RecordError, Run, copy_recorded, read_record
-from companion.workflow import finish, up_to_date
-from dsvlib._errors import DsvError
+from companion.runs import RecordError, Run, copy_recorded, digest, read_record
+from companion.workflow import finish, reproduce, up_to_date
+from dsvlib._errors import DsvError, RequestError
+from dsvlib._files import PACKAGE
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +131,8 @@ def test_recording_refuses_what_is_not_clean_whole_and_of_this_code(checkout: Pa
     commit(checkout)
     with pytest.raises(DsvError, match="found none"):
         record()
+    with pytest.raises(RequestError, match="a smoke run is no result"):
+        record("smoke")
     assert not (checkout / "figures").exists()
 
 
@@ -157,10 +163,79 @@ def test_what_is_not_committed_keeps_its_name_and_digest(checkout: Path) -> None
         read_record(job.recorded)
 
 
-def test_a_record_copied_from_elsewhere_or_crafted_is_refused(checkout: Path) -> None:
+def test_a_record_copied_from_elsewhere_is_refused(checkout: Path) -> None:
     (job,) = plan()
     publish(job)
     other = job.directory.with_name("02_more")
     job.directory.rename(other)
     with pytest.raises(RecordError, match=r"record\.json is that of quick/01_line"):
         read_record(other)
+
+
+@pytest.mark.parametrize(
+    ("key", "crafted"),
+    [
+        ("files", {"<b>.png": "0"}),
+        ("files", {"../../line.png": "0"}),
+        ("files", {"line.<b>": "0"}),
+        ("seed", "<script>"),
+        ("preset", "<b>"),
+        ("scale", ["<b>"]),
+        ("values", [{"claim": "K1", "name": "<b>", "value": 1.0}]),
+        ("values", [{"claim": "K1", "name": "x", "value": "<b>"}]),
+        ("values", [{"claim": "K1", "name": "x", "value": 1.0, "seeds": ["<b>"]}]),
+        ("values", [{"claim": "K1", "name": "x", "value": 1.0, "more": "<b>"}]),
+        ("values", "<b>"),
+    ],
+)
+def test_a_crafted_record_is_refused_even_with_its_digest_right(
+    checkout: Path, key: str, crafted: object
+) -> None:
+    (job,) = plan()
+    publish(job)
+    path = job.directory / "record.json"
+    changed = json.loads(path.read_text()) | {key: crafted}
+    del changed["digest"]
+    path.write_text(json.dumps(changed | {"digest": digest(changed)}))
+    with pytest.raises(RecordError, match=r"record\.json holds what no run writes"):
+        read_record(job.directory)
+
+
+@pytest.mark.slow
+def test_a_real_run_is_recorded_with_its_outputs_and_nothing_is_left_to_do(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "refresh_notebooks", refresh_notebooks)
+    assert reproduce(echo=lambda _: None)
+    assert git(checkout, "status", "--porcelain") == ""
+    record(echo=lambda _: None)
+    changed = {line[3:] for line in git(checkout, "status", "--porcelain", "-uall").splitlines()}
+    assert "notebooks/01_line.ipynb" in changed
+    assert "figures/quick/01_line/line.png" in changed
+    assert "figures/quick/01_line/line.svg" not in changed
+    commit(checkout)
+    said: list[str] = []
+    assert reproduce(echo=said.append)
+    assert "up to date" in said[0], "outputs are no code"
+    assert "1 of 1 recorded values repeated within their spread" in said[-1]
+    assert git(checkout, "status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+def test_papermill_by_hand_with_other_parameters_replaces_neither(checkout: Path) -> None:
+    (job,) = plan()
+    publish_at(job.recorded, steps=5)
+    publish(job, steps=6)
+    own, recorded = read_record(job.directory), read_record(job.recorded)
+    source = checkout / "notebooks" / "01_line.ipynb"
+    command = [sys.executable, "-m", "papermill", str(source), str(checkout / "build/out.ipynb")]
+    subprocess.run(
+        [*command, "-p", "steps", "8", "--cwd", str(source.parent)],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+    )
+    assert (read_record(job.directory), read_record(job.recorded)) == (own, recorded)
+    made = read_record(checkout / "build" / "by-hand" / "quick" / "01_line")
+    assert (made["parameters"]["steps"], made["by_hand"]) == (8, True)
+    assert made["scale"] == "digits · quick · run by hand"

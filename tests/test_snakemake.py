@@ -129,6 +129,7 @@ def test_snakemake_that_does_not_start_is_reported(
     said: list[str] = []
     assert not reproduce(echo=said.append)
     assert "01_line · FAILED: not started, snakemake ended with status 1" in said[0]
+    assert "no such luck" in said[0]
     assert "log: build/snakemake.log" in said[0]
 
 

@@ -19,7 +19,16 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
-from checkout import BODY, END, make_checkout, publish, publish_at, write_notebook, write_presets
+from checkout import (
+    BODY,
+    END,
+    PARAMETERS,
+    make_checkout,
+    publish,
+    publish_at,
+    write_notebook,
+    write_presets,
+)
 
 from companion import execution
 from companion import workflow as module
@@ -52,6 +61,32 @@ def test_wrong_request_is_refused_before_a_kernel_starts(checkout: Path) -> None
     with pytest.raises(RequestError, match="did you mean 'steps'"):
         reproduce("smoke")
     assert not (checkout / "build").exists()
+
+
+@pytest.mark.usefixtures("no_kernel")
+def test_what_this_machine_lacks_is_said_before_a_kernel_starts(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(RequestError, match="--device: expected a GPU for cuda"):
+        reproduce(device="cuda")
+    dataset = 'dataset: str = "imagenette-64"'
+    write_notebook(checkout, "01_line", END, parameters=f"{PARAMETERS}\n{dataset}")
+    (empty := checkout / "empty").mkdir()
+    with pytest.raises(RequestError, match="needs the images of imagenette-64; missing: copy"):
+        reproduce(data_root=str(empty))
+    with pytest.raises(RequestError, match="--data-root: expected a folder, got ''"):
+        reproduce(data_root="")
+    assert not (checkout / "build").exists()
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    assert execution.usable_home() == {}
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert list(execution.usable_home()) == ["LOGNAME"]
 
 
 @pytest.mark.usefixtures("no_kernel")
@@ -104,8 +139,24 @@ def test_nothing_to_do_rebuilds_the_wall_only(checkout: Path) -> None:
     said: list[str] = []
     assert reproduce(echo=said.append)
     assert "up to date" in said[0]
-    assert said[1:] == ["figures: build/runs/quick/index.html", "not compared, no recorded run: 01"]
+    assert said[1:] == ["figures: build/runs/quick/index.html", "not compared: 01, no recorded run"]
     assert (checkout / "build" / "runs" / "quick" / "README.md").is_file()
+
+
+def test_the_forecast_comes_from_the_nearest_run_that_is_known(checkout: Path) -> None:
+    write_presets(checkout, smoke={}, quick={"repeat": {"01_line": [7]}})
+    (smoke,), (job, again) = plan("smoke"), plan()
+    assert module.total([]) == "nothing to run"
+    assert module.total([module.expected(smoke)]).startswith("unknown, no recorded run")
+    publish_at(job.recorded)
+    known = str(module.expected(job))
+    assert known.startswith("1 min 1")
+    assert str(module.expected(again)) == known, "a repetition takes as long as what it repeats"
+    assert str(module.expected(smoke)) == f"at most {known}"
+    forecasts = [module.Forecast("a", 60, 2, "cpu"), module.Forecast("b", None, None, "")]
+    assert module.total(forecasts, jobs=2) == (
+        "1 min for 2 runs, recorded on 2 cores; 1 without a recorded run count as the others"
+    )
 
 
 @pytest.fixture
@@ -226,13 +277,23 @@ def test_staging_of_a_dead_process_is_removed_and_of_a_living_one_kept(
     assert [path.name for path in staging.iterdir()] == [f"quick-01_line-{os.getppid()}"]
 
 
-def test_kernel_runs_and_publishes(checkout: Path) -> None:
+def test_kernel_runs_and_publishes_also_in_a_poor_environment(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No home, no name, odd letters in the folder of the data, another kernel called python3."""
+    other = checkout / "jupyter" / "kernels" / "python3" / "kernel.json"
+    other.parent.mkdir(parents=True)
+    other.write_text('{"argv": ["false"], "display_name": "x", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(checkout / "jupyter"))
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    (data := checkout / "da{ta} $x").mkdir()
     said: list[str] = []
-    assert reproduce("smoke", echo=said.append), said
+    assert reproduce("smoke", data_root=str(data), echo=said.append), said
+    assert said[1].startswith("[1/1] 01_line · done in ")
     assert said[0] == "01_line · expected unknown: no recorded run"
     record = read_record(checkout / "build" / "runs" / "smoke" / "01_line")
     assert record["parameters"] == {"steps": 2, "rate": 0.1}
-    assert record["command"] == "dsv reproduce --preset smoke --only 01_line"
+    assert record["command"] == "dsv reproduce --preset smoke --only 01_line --data-root PATH"
     wall = (checkout / "build" / "runs" / "smoke" / "README.md").read_text()
     assert '<img src="01_line/line.png" alt="A straight line that rises"' in wall
     assert "<td>K1</td><td>steps</td><td>2</td><td>1</td><td>7</td>" in wall

@@ -12,22 +12,20 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from companion.ledger.results import measured, repetitions, value_cells, values_of, whole_runs
-from companion.presets import check_preset, notebook_names, read_presets
+from companion.presets import check_preset, checked, notebook_names, read_presets
 from companion.runs import BADGES, Value, figures_root
 from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import atomic_path
 
 CLAIMS = Path(__file__).with_name("claims.yml")
-KEYS = {"where", "claim", "paper", "tolerance", "notebook", "values", "photographs", "verdict"}
-RULE_KEYS = {"caption", "where", "column"}
 TABLES = ("verdicts", "verdict")
 
 
@@ -63,56 +61,46 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class ClaimRow:
-    """One claim at one scale.
+class Rule(BaseModel, extra="forbid", frozen=True):
+    """Where in its notebook's table of verdicts a claim's own stands, if not in its own row."""
 
-    `group` is ``papers`` or ``ours``; `values` are the headline numbers with their n, seeds and
-    standard deviation, empty where nothing was run; `words` says what each of them is.
-    """
+    caption: bool = False
+    where: dict[str, Any] | None = None
+    column: str = "verdict"
+
+
+class Claim(BaseModel, extra="forbid", frozen=True):
+    """One entry of claims.yml; `group` is ``papers`` or ``ours``."""
 
     id: str
     group: str
-    where: str
-    statement: str
-    notebook: str
+    where: str = ""
+    statement: str = ""
+    paper: str = "–"
+    tolerance: str = "the notebook's criteria"
+    notebook: str = ""
+    headline: dict[str, str] = {}
+    photographs: dict[str, str] = {}
+    rule: Rule = Rule()
+
+
+class ClaimRow(Claim, frozen=True):
+    """One claim at one scale, with its headline numbers, none where nothing was run."""
+
     preset: str
     scale: str
-    values: tuple[Value, ...]
-    words: tuple[str, ...]
-    paper: str
-    tolerance: str
+    numbers: tuple[Value, ...]
     verdict: Verdict
     reason: str
 
     @property
     def measured(self) -> str:
-        """Our values as text, each with its spread and n, in the words of claims.yml."""
-        parts = [
-            f"{words}: {measured(value.value, value.std, value.unit)} (n = {value.n})"
-            for value, words in zip(self.values, self.words, strict=True)
-        ]
+        """Our values as text, each with its spread and n, in the words of claims.yml if any."""
+        words = {n.name: n.name.replace("_", " ") for n in self.numbers}
+        words |= self.headline | self.photographs
+        parts = [f"{words[n.name]}: {measured(n.value, n.std, n.unit)} (n = {n.n})"
+                 for n in self.numbers]  # fmt: skip
         return "; ".join(parts) or "–"
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """One entry of claims.yml."""
-
-    id: str
-    group: str
-    where: str = ""
-    claim: str = ""
-    paper: str = "–"
-    tolerance: str = "the notebook's criteria"
-    notebook: str = ""
-    values: Mapping[str, str] = field(default_factory=dict)
-    photographs: Mapping[str, str] = field(default_factory=dict)
-    verdict: Mapping[str, Any] | None = None
-
-    def said(self, name: str) -> str:
-        """Return the words for a recorded value, which are its name where none are given."""
-        return self.photographs.get(name) or self.values.get(name) or name.replace("_", " ")
 
 
 def claim_rows(preset: str = "quick", root: Path | None = None) -> list[ClaimRow]:
@@ -131,7 +119,7 @@ def claim_rows(preset: str = "quick", root: Path | None = None) -> list[ClaimRow
         for claim in dict.fromkeys(value["claim"] for value in record["values"]):
             if claim not in listed:
                 listed.add(claim)
-                claims.append(_Claim(claim, "ours", where="our own", notebook=notebook))
+                claims.append(Claim(id=claim, group="ours", where="our own", notebook=notebook))
     return [_row(claim, preset, presets[preset]["omit"], records) for claim in claims]
 
 
@@ -140,23 +128,20 @@ def claim_ids() -> set[str]:
     return {claim.id for claim in _read_claims()}
 
 
-def _read_claims() -> list[_Claim]:
+def _read_claims() -> list[Claim]:
     try:
         content = yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))
         claims = []
         for group in ("papers", "ours"):
             for name, entry in content[group].items():
-                for key in entry:
-                    if key not in KEYS:
-                        raise RequestError.unknown(f"key of claims.yml: {name}", str(key), KEYS)
-                for key in entry.get("verdict", {}):
-                    if key not in RULE_KEYS:
-                        where = f"key of claims.yml: {name}: verdict"
-                        raise RequestError.unknown(where, str(key), RULE_KEYS)
-                entry |= {key: dict(entry.get(key, {})) for key in ("values", "photographs")}
-                claims.append(_Claim(str(name), group, **entry))
+                where = f"claims.yml: {name}"
+                checked(Rule, entry.get("rule", {}), f"{where}: rule", "key of")
+                about = checked(Claim, {"id": name, "group": group} | entry, where, "key of")
+                claims.append(Claim(**about))
         return claims
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except RequestError:
+        raise
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise DsvError(
             f"claims.yml: expected 'papers' and 'ours' with one entry per claim, got {reason}"
@@ -164,17 +149,17 @@ def _read_claims() -> list[_Claim]:
 
 
 def _row(
-    claim: _Claim,
+    claim: Claim,
     preset: str,
     omitted: Mapping[str, str],
     records: Mapping[str, tuple[Path, dict[str, Any]]],
 ) -> ClaimRow:
-    values: tuple[Value, ...] = ()
+    numbers: tuple[Value, ...] = ()
     scale = BADGES.get(preset, preset)
     if claim.notebook in records:
         directory, record = records[claim.notebook]
         scale = record["scale"]
-        values = _headline(claim, record)
+        numbers = _headline(claim, record)
         if preset == "smoke":
             verdict = Verdict.NOT_ATTEMPTED
             reason = "a smoke run shows only that everything runs"
@@ -182,24 +167,11 @@ def _row(
             verdict, reason = _over_seeds(claim, directory, record)
     else:
         verdict, reason = Verdict.NOT_ATTEMPTED, _why_not(claim, preset, omitted)
-    return ClaimRow(
-        id=claim.id,
-        group=claim.group,
-        where=claim.where,
-        statement=claim.claim,
-        notebook=claim.notebook,
-        preset=preset,
-        scale=scale,
-        values=values,
-        words=tuple(map(claim.said, (value.name for value in values))),
-        paper=claim.paper,
-        tolerance=claim.tolerance,
-        verdict=verdict,
-        reason=reason,
-    )
+    found = {"numbers": numbers, "verdict": verdict, "reason": reason}
+    return ClaimRow.model_validate(claim.model_dump() | {"preset": preset, "scale": scale} | found)
 
 
-def _why_not(claim: _Claim, preset: str, omitted: Mapping[str, str]) -> str:
+def _why_not(claim: Claim, preset: str, omitted: Mapping[str, str]) -> str:
     if claim.notebook in omitted:
         return f"not part of this preset: {omitted[claim.notebook]}"
     if claim.notebook not in notebook_names():
@@ -207,18 +179,18 @@ def _why_not(claim: _Claim, preset: str, omitted: Mapping[str, str]) -> str:
     return f"no run yet: dsv reproduce --preset {preset} --only {claim.notebook[:2]}"
 
 
-def _headline(claim: _Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
+def _headline(claim: Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
     """Return the values that the claim names, or else the first three recorded for it.
 
     Where a run made photographs as well, those named for them come first and alone.
     """
     recorded = {value.name: value for value in values_of(record) if value.claim == claim.id}
     named = [recorded[name] for name in claim.photographs if name in recorded]
-    named = named or [recorded[name] for name in claim.values if name in recorded]
+    named = named or [recorded[name] for name in claim.headline if name in recorded]
     return tuple(named or list(recorded.values())[:3])
 
 
-def _over_seeds(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
+def _over_seeds(claim: Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
     """Return the verdict at all seeds of a run: the one that they agree on, else partly.
 
     The repetitions' files are known to be sound and to be the same, since `read_run` was here.
@@ -236,18 +208,19 @@ def _over_seeds(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tu
     return _together(list(found.values())), f"seed {record['seed']}: {reason}; {others}"
 
 
-def _verdict(claim: _Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
+def _verdict(claim: Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
     """Return what the notebook's own table of verdicts says, and its numbers as the reason."""
-    rule = claim.verdict or {}
+    rule = claim.rule
     table = next((name for name in TABLES if f"{name}.csv" in record["files"]), None)
     if table is None:
         return Verdict.NOT_ATTEMPTED, f"{claim.notebook} ran and published no table of verdicts"
     text = (directory / f"{table}.csv").read_text(encoding="utf-8")
     lines = list(csv.DictReader(io.StringIO(text)))
-    wanted = rule.get("where", {} if rule.get("caption") else {"claim": claim.id})
+    wanted = {} if rule.caption else {"claim": claim.id}
+    wanted = wanted if rule.where is None else rule.where
     rows = [r for r in lines if all(r.get(name) == str(v) for name, v in wanted.items())]
-    column = rule.get("column", "verdict")
-    if rule.get("caption"):
+    column = rule.column
+    if rule.caption:
         caption = json.loads((directory / f"{table}.json").read_text(encoding="utf-8"))["caption"]
         found = re.search(rf"{re.escape(claim.id)}: (.+?)\.?$", caption)
         verdicts = [_word(found.group(1))] if found else []
@@ -301,7 +274,7 @@ def write_claims(preset: str = "quick") -> list[Path]:
     for row in rows:
         about = [row.id, row.group, row.where, row.statement, row.notebook, row.preset, row.scale]
         end = [row.paper, row.tolerance, row.verdict.value, row.reason]
-        for value in row.values or (None,):
+        for value in row.numbers or (None,):
             cells = [""] * 7 if value is None else value_cells(value)
             writer.writerow([*about, *cells, *end])
     text = f"# Claims at preset {preset}\n\nMade by `dsv claims --scale {preset}`.\n\n"

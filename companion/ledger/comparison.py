@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion.ledger.results import measured, read_run, values_of
-from companion.runs import RecordError, Value, repository_root
+from companion.runs import RECORD, RecordError, Value, repository_root
 from dsvlib._files import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TOLERANCE = 0.05  # of a recorded value without a standard deviation, whose spread nobody measured
-ROUNDING = 1e-6, 1e-9  # relative and absolute: what another order of summation may change
+ROUNDING = 1e-6, 1e-6  # relative and absolute: what another order of summation may change
 TIMES = ("s", "ms")  # units of values that say how fast a machine is
 LINES = 12  # of the printed table
 COLUMNS = ("claim", "quantity", "recorded", "std", "own", "difference", "allowed", "verdict")
@@ -60,28 +60,29 @@ def compare_with_recorded(runs: Mapping[str, tuple[Path, Path]], table: Path) ->
     """
     import pandas as pd
 
-    frames, other, absent = [], [], []
+    frames, lines = [], []
+    not_compared: dict[str, list[str]] = {}
     for notebook, (own_folder, recorded_folder) in runs.items():
+        if not (recorded_folder / RECORD).exists():
+            not_compared.setdefault("no recorded run", []).append(notebook[:2])
+            continue
         try:
             own, recorded = read_run(own_folder), read_run(recorded_folder)
-        except RecordError:
-            absent.append(notebook[:2])
+        except RecordError as error:
+            not_compared.setdefault(str(error), []).append(notebook[:2])
             continue
         if _experiment(own) != _experiment(recorded):
-            other.append(notebook[:2])
-            continue
-        frame = compare(values_of(own), values_of(recorded))
-        frame.insert(0, "notebook", notebook)
-        frames.append(frame)
-    lines = []
+            why = "recorded with other parameters"
+            not_compared.setdefault(why, []).append(notebook[:2])
+        elif len(frame := compare(values_of(own), values_of(recorded))):
+            frame.insert(0, "notebook", notebook)
+            frames.append(frame)
     if frames:
         whole = pd.concat(frames, ignore_index=True)
         with atomic_path(table) as temporary:
             whole.to_csv(temporary, index=False, lineterminator="\n")
         lines = [*_report(whole), f"all of them: {os.path.relpath(table, repository_root())}"]
-    for names, why in ((absent, "no recorded run"), (other, "recorded with other parameters")):
-        if names:
-            lines.append(f"not compared, {why}: {', '.join(names)}")
+    lines += [f"not compared: {', '.join(names)}, {why}" for why, names in not_compared.items()]
     return "\n".join(lines)
 
 
@@ -105,14 +106,15 @@ def _report(whole: pd.DataFrame) -> list[str]:
     if len(missed):
         ratio = (missed.difference.abs() / missed.allowed).sort_values(ascending=False)
         far = missed.loc[ratio.index[:LINES]]
-        shown = far[["claim", "quantity"]].assign(
+        far = far.assign(notebook=far.notebook.str[:2])
+        shown = far[["notebook", "claim", "quantity"]].assign(
             recorded=[
                 measured(value, None if math.isnan(std) else std, "")
                 for value, std in zip(far.recorded, far["std"], strict=True)
             ],
             here=far.own.map("{:.4g}".format),
             difference=far.difference.map("{:+.2g}".format),
-            of_what_is_allowed=ratio.map("{:.1f}".format),
+            of_what_is_allowed=[f"{r:.1f}" if r < 1000 else "> 1000" for r in ratio[:LINES]],
         )
         lines.append(shown.to_string(index=False))
     return lines + ([f"… and {len(missed) - LINES} more"] if len(missed) > LINES else [])
