@@ -54,11 +54,13 @@ def test_a_run_of_ones_own_gets_a_page_to_open(checkout: Path) -> None:
     own = checkout / "build" / "runs" / "quick"
     own.parent.mkdir(parents=True)
     publish("01_line").parent.rename(own)
+    (own / "01_line.ipynb").write_text("what papermill left")
     path = write_wall(own, "3 of 4 values < repeated\n  K1  5 & 6")
     assert path == own / "index.html"
     page = path.read_text()
     assert "3 of 4 values &lt; repeated\n  K1  5 &amp; 6\n" in page
     assert '<img src="01_line/line.png"' in page
+    assert '<a href="01_line.ipynb">executed notebook</a>' in page
     assert '<img src="01_line/line.png"' in (own / "README.md").read_text()
 
 

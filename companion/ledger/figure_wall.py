@@ -75,6 +75,7 @@ class PublishedRun:
     figures: tuple[Entry, ...] = ()
     tables: tuple[Entry, ...] = ()
     command: str = ""
+    executed: str = ""  # the notebook with its outputs, beside a run of one's own
     seed: int = 0
     values: tuple[tuple[str, ...], ...] = ()  # rows of text
     repetitions: tuple[tuple[int, str], ...] = ()  # seed and address
@@ -96,8 +97,10 @@ def _read(directory: Path, address: str) -> PublishedRun:
         entries = [_entry(directory, name, address, fresh) for name in names]
     except RecordError as error:
         return PublishedRun(directory.name, problem=str(error))
+    executed = directory.with_name(f"{directory.name}.ipynb")
     return PublishedRun(
         directory.name,
+        executed=executed.name if executed.is_file() else "",
         figures=tuple(entry for entry in entries if entry.sidecar["kind"] == "figure"),
         tables=tuple(entry for entry in entries if entry.sidecar["kind"] != "figure"),
         command=record["command"],
