@@ -53,13 +53,15 @@ test-slow: $(READY) ## run the tests that take longer
 test-lowest: $(LOWEST)/.ready ## run the method's tests with the lowest versions that pyproject.toml admits
 	$(LOWEST)/bin/python -m pytest $(ARGS)
 
-$(LOWEST)/.ready: pyproject.toml | $(READY)
+# Apart from .venv and its lock: UV_TORCH_BACKEND=cpu (CI) spares it CUDA's libraries.
+$(LOWEST)/.ready: pyproject.toml
 	@echo "installing the lowest admitted versions into $(LOWEST) …"
-	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
-	@$(BIN)/uv pip compile --quiet --resolution lowest-direct --python $(BIN)/python pyproject.toml \
-	  --output-file $(LOWEST)/lowest.txt
-	@$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --requirement $(LOWEST)/lowest.txt \
-	  'pytest>=8.3' 'hypothesis>=6.120'
+	@rm -rf $(LOWEST) && $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
+	@$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
+	  pyproject.toml --output-file $(LOWEST)/lowest.txt
+	@$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
+	  --requirement $(LOWEST)/lowest.txt 'pytest>=8.3' 'hypothesis>=6.120'
 	@touch $@
 
 lint: $(READY) ## check and format the code

@@ -134,6 +134,16 @@ def test_a_moved_checkout_is_installed_again(folder: Folder, tmp_path: Path):
     assert folder.calls == ["pip", "install", "install"]
 
 
+def test_the_lowest_versions_have_an_environment_of_their_own(folder: Folder):
+    """Resolved from pyproject.toml: the hashes of the lock are those of other builds."""
+    printed = subprocess.run(
+        ["make", "-n", "test-lowest"], cwd=folder.path, capture_output=True, text=True, check=True
+    ).stdout
+    assert "--resolution lowest-direct" in printed
+    assert "requirements.lock" not in printed
+    assert re.search(r"\.venv/", printed) is None
+
+
 def test_clean_removes_an_unfinished_environment_only(folder: Folder):
     killed_at_once(folder.venv)
     assert folder.make("clean").returncode == 0
