@@ -398,7 +398,7 @@ def test_deepkkt_term_lowers_the_deepkkt_loss_and_leaves_the_classifier() -> Non
         ({"per_class": 1, "shot": 7}, "class 0: expected at least 7 real images, got 6"),
         ({"per_class": 1, "shot": 0}, "shot: expected a finite number ≥ 1, got 0"),
         ({"per_class": 1, "init": "reel"}, "did you mean 'real'"),
-        ({"per_class": 1, "momentum": 1.0}, "momentum: expected a number from 0 to below 1"),
+        ({"per_class": 1, "momentum": 1.0}, "momentum: expected a finite number ≥ 0 and < 1"),
         ({"per_class": 1, "momentum": float("nan")}, "momentum: expected a finite number"),
         ({"per_class": 1, "steps": 0}, "steps: expected a finite number ≥ 1"),
         ({"per_class": 1, "network": "convent"}, "did you mean 'convnet'"),

@@ -350,6 +350,7 @@ def test_bad_splits_are_refused(function):
         ({"epochs": -1}, "epochs: expected a finite number ≥ 0, got -1"),
         ({"polish_steps": -1}, "polish_steps"),
         ({"momentum": -0.1}, "momentum"),
+        ({"momentum": 5}, "momentum: expected a finite number ≥ 0 and < 1"),
         ({"weight_decay": -1e-4}, "weight_decay"),
         ({"weight_decay": math.inf}, "weight_decay"),
         ({"batch_size": 0}, "batch_size: expected a finite number ≥ 1, got 0"),
