@@ -1,13 +1,14 @@
 """What one DeepKKT gradient (in x and λ) costs beside one parameter gradient of the same batch.
 
-Three gradients of ConvNet-3 (128 channels, 32×32), without and with instance norm, and of a small
-vision transformer (patches of 4, width 64, 4 layers): plain (forward, backward to θ), naive (double
-backward through PyTorch's native operations; of its attention kernels that is the math one, the
-others have none) and ours (`cheap_double_backward`). They take turns in
-one run, and each round gives its own ratio, so that a slow minute hits all three. Time is CPU time
-on one thread: with a second one, a barrier waits for whoever else uses the machine. Memory is the
-growth of the high-water mark of a fresh process, where one gradient also shows the scratch space of
-the convolution kernels, which PyTorch's own profiler does not see.
+ConvNet-3 (128 channels, 32×32), without and with instance norm, and a small vision transformer
+(patches of 4, width 64, 4 layers). The plain gradient (forward, backward to θ) and the DeepKKT one
+(double backward) take turns in one run, and each round gives its own ratio, so that a slow minute
+hits both. Time is CPU time on one thread: with a second one, a barrier waits for whoever else uses
+the machine. Memory is the growth of the high-water mark of a fresh process, where one gradient also
+shows the scratch space of the convolution kernels, which PyTorch's own profiler does not see.
+
+A double backward of our own (custom convolutions and norms) stood here until it was measured: the
+native one took 0.83 of its CPU time on the shipped digits classifier at 10 samples, 0.85 at 100.
 """
 
 from __future__ import annotations
@@ -26,14 +27,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsvlib import SupportSet, build_model, conditions, deepkkt_loss
+from dsvlib import SupportSet, build_model, deepkkt_loss
 
 # × the plain gradient; a transformer's plain gradient has the fused attention kernel to its credit
 GOAL = {"none": 3.0, "instance": 3.3, "vit": 4.5}
 ROUNDS = {10: 15, 100: 7}
-KINDS = ("plain", "naive", "ours")
+KINDS = ("plain", "deepkkt")
 
 
 def setting(network: str, count: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
@@ -51,16 +51,8 @@ def gradient(kind: str, model: nn.Module, x: Tensor, labels: Tensor, weights: Te
         loss = F.cross_entropy(model(x), labels, reduction="sum")
         return torch.autograd.grad(loss, list(model.parameters()))
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
-    with pytest.MonkeyPatch.context() as patch:
-        if kind == "naive":
-            patch.setattr(conditions, "cheap_double_backward", _native)
-        loss = deepkkt_loss(
-            model, SupportSet(x, labels, weights), distance="cosine", primal_weight=0.0
-        )
+    loss = deepkkt_loss(model, SupportSet(x, labels, weights), primal_weight=0.0)
     return torch.autograd.grad(loss, [x, weights])
-
-
-_native = partial(sdpa_kernel, SDPBackend.MATH)
 
 
 def high_water_mib() -> float:
@@ -98,15 +90,11 @@ def test_deepkkt_gradient(
         seconds[kind].append(time.process_time() - start)
         return result
 
-    def one_round() -> tuple[None, None]:  # pytest-benchmark's setup: not in its own timing
+    def one_round() -> None:  # pytest-benchmark's setup: not in its own timing
         timed("plain")
-        timed("naive")
 
-    naive, ours = (gradient(kind, *arguments) for kind in ("naive", "ours"))  # warms up, too
-    for have, want in zip(ours, naive, strict=True):
-        assert (have - want).norm() <= 1e-5 * want.norm()
-
-    benchmark.pedantic(timed, args=("ours",), setup=one_round, rounds=ROUNDS[count])
+    gradient("deepkkt", *arguments)  # warms up
+    benchmark.pedantic(timed, args=("deepkkt",), setup=one_round, rounds=ROUNDS[count])
     with capsys.disabled():
         what = "ViT" if network == "vit" else f"ConvNet-3, norm {network}"
         print(f"\n{what}, batch {count}")
@@ -118,10 +106,10 @@ def test_deepkkt_gradient(
         benchmark.extra_info[kind] = {"ratio": median(ratios), "peak MiB": memory}
         with capsys.disabled():
             print(
-                f"  {kind:6s} {median(ratios):5.2f} × plain  [{low:.2f}, {high:.2f}]"
+                f"  {kind:7s} {median(ratios):5.2f} × plain  [{low:.2f}, {high:.2f}]"
                 f"   peak {memory:6.0f} MiB"
             )
-    assert benchmark.extra_info["ours"]["ratio"] <= GOAL[network]
+    assert benchmark.extra_info["deepkkt"]["ratio"] <= GOAL[network]
 
 
 if __name__ == "__main__":

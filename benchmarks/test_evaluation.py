@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from dsvlib import distillation
 from dsvlib.classifiers.architectures import build_model
+from dsvlib.distillation import gradient_matching
 
 SEEDS, EPOCHS = 3, 3
 SIZES = {  # images, their shape, the network's options
@@ -86,12 +86,12 @@ def test_gradients_per_class(benchmark: Any, size: str, images: int, way: str) -
     _, shape, options = SIZES[size]
     (network, *_) = networks(shape, options)
     x = torch.randn(10, images, *shape, requires_grad=images == 1)
-    function = {"loop": looped, "batched": distillation._gradients}[way]
+    function = {"loop": looped, "batched": gradient_matching._gradients}[way]
 
     def run() -> None:
         gradients = function(network, x)
         if x.requires_grad:
-            torch.autograd.grad(distillation.gradient_distance(gradients, target), x)
+            torch.autograd.grad(gradient_matching.gradient_distance(gradients, target), x)
 
     target = [torch.randn_like(g) for g in function(network, x)]
     benchmark.pedantic(run, rounds=3, warmup_rounds=1)
@@ -99,7 +99,7 @@ def test_gradients_per_class(benchmark: Any, size: str, images: int, way: str) -
 
 def looped(network: nn.Module, images: Tensor) -> list[Tensor]:
     if not images.requires_grad:
-        return distillation._real_gradients(network, images)
+        return gradient_matching._real_gradients(network, images)
     parameters = list(network.parameters())
     gradients = [
         torch.autograd.grad(

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from companion import classifier
+from companion.recipes import classifier
 from dsvlib import GradientConfig, NNLSConfig, fit_multipliers, load_dataset
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import SampleGradients

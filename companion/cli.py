@@ -1,90 +1,43 @@
-"""The command `dsv`. Heavy modules are imported inside the commands, so that help is instant.
+"""The companion's commands of `dsv`, for a checkout; `dsvlib.cli` has the method's and runs all.
 
-Exit status: 0 if all was done, 1 if something failed, 2 if it was asked for wrongly, 130 if
-interrupted. One line on stderr says why; `--debug` adds the traceback.
+Heavy modules are imported inside the commands, so that help is instant.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import statistics
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from companion.runs import digest, write_json
+from dsvlib import cli
 from dsvlib._errors import DsvError, RequestError
-from dsvlib._files import file_digest
 
-if TYPE_CHECKING:
-    from dsvlib.classifiers.foreign import Classifier
-    from dsvlib.solution import Solution
-
-app = typer.Typer(
-    name="dsv",
-    help="Deep support vectors: make them, and every figure of the papers.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer()
 notebooks = typer.Typer(help="Keep the committed notebooks' outputs honest.", no_args_is_help=True)
-data = typer.Typer(help="The data sets.", no_args_is_help=True)
 app.add_typer(notebooks, name="notebooks")
-app.add_typer(data, name="data")
 
-INTERRUPTED = "interrupted; figures published earlier are as they were"
 Only = Annotated[
     list[str] | None, typer.Option("--only", help="A notebook, by number or name; repeatable.")
 ]
 Preset = Annotated[str, typer.Option(help="smoke, quick, cifar10, imagenette or paper.")]
 
 
+def register(target: typer.Typer) -> None:
+    """Add the companion's commands: the entry point of the group `dsvlib.commands`."""
+    target.registered_commands += app.registered_commands
+    target.registered_groups += app.registered_groups
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words  # accepted anywhere in the line
-    earlier = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        status = app([w for w in words if w != "--debug"], prog_name="dsv", standalone_mode=False)
-        if status == 130:  # what typer makes of KeyboardInterrupt
-            _complain(INTERRUPTED, 130)
-    except (KeyboardInterrupt, typer.Abort):
-        status = _complain(INTERRUPTED, 130)
-    except (typer.TyperException, DsvError, ValueError, TypeError, OSError,
-            RuntimeError, ImportError) as error:  # fmt: skip
-        if debug:
-            raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        default = 2 if isinstance(error, typer.TyperException) else 1
-        status = _complain(message, getattr(error, "exit_status", default))
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
-    raise SystemExit(status if isinstance(status, int) else 0)
-
-
-def _interrupt(number: int, _: object) -> None:
-    raise KeyboardInterrupt(f"signal {number}")
-
-
-def _complain(message: str, status: int) -> int:
-    print(f"dsv: {' '.join(message.split()) or 'failed without a message'}", file=sys.stderr)
-    return status
-
-
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    """Deep support vectors: make them, and every figure of the papers."""
+    """Run the command line with the companion's commands, installed or not, and exit."""
+    cli.main(arguments, register)
 
 
 @app.command()
@@ -213,11 +166,9 @@ def cell(
 ) -> None:
     """Run one cell of Table 2 again and hold it against the recorded number."""
     from companion.ledger.table2 import recorded_cell, rerun
-    from dsvlib.allocation import keep_memory
 
-    chosen = _numbers("--seeds", seeds, int)
+    chosen = cli.numbers("--seeds", seeds, int)
     recorded = recorded_cell(method, per_class, shot, preset=preset)
-    keep_memory()
     found = rerun(recorded, data_root=data_root, device=device, seeds=chosen)
     spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
     what = f"{method}, {per_class} per class, {shot} shot"
@@ -244,9 +195,7 @@ def train(
         raise RequestError(f"--root: expected a folder, got {str(root)!r}")
     from companion.recipes import RECIPES, train_shipped
     from dsvlib._files import checkpoints_folder, repository_root
-    from dsvlib.allocation import keep_memory
 
-    keep_memory()
     folder = os.path.relpath(checkpoints_folder(), repository_root())
     if name is not None and name not in RECIPES:
         raise RequestError.unknown("classifier", name, RECIPES)
@@ -261,145 +210,6 @@ def train(
             f"stationarity {made['stationarity']:.3g} · cosine {made['cosine']:.4f} · "
             f"{folder}/{recipe}.safetensors · {time.perf_counter() - started:.1f} s"
         )
-
-
-@app.command()
-def synthesize(
-    out: Annotated[Path, typer.Option(help="New folder for the results.")],
-    classifier: Annotated[
-        str | None,
-        typer.Option(help="A file, digits-convnet, or torchvision:resnet50."),
-    ] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="Your own: MODULE:CALLABLE, with --weights.")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="A local state dict.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Per channel, e.g. 0.49,0.48,0.45.")] = None,
-    std: Annotated[str | None, typer.Option(help="Per channel, e.g. 0.20,0.20,0.20.")] = None,
-    shape: Annotated[str | None, typer.Option(help="One input: 3,32,32.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="File of class names, one a line.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Classes by name or number: cat,5.")] = None,
-    per_class: Annotated[int | None, typer.Option(help="Samples of every class.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="File to go on from after a kill; removed at the end.")
-    ] = None,
-) -> None:
-    """Make deep support vectors of a classifier: ours, torchvision's or your own."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise RequestError(f"--out: expected a new or empty folder, got {str(out)!r}")
-    if (classifier is None) == (architecture is None):
-        raise RequestError("expected --classifier or --architecture, one of the two")
-    if architecture is not None and (":" not in architecture or weights is None):
-        raise RequestError("--architecture: expected MODULE:CALLABLE, and --weights FILE with it")
-    if labels is not None and per_class is not None:
-        raise RequestError("expected --labels or --per-class, got both; leave one out")
-    if steps is not None and steps < 1:
-        raise RequestError(f"--steps: expected a whole number ≥ 1, got {steps}")
-    if per_class is not None and per_class < 1:
-        raise RequestError(f"--per-class: expected a whole number ≥ 1, got {per_class}")
-    given: dict[str, Any] = {
-        "mean": _numbers("--mean", mean, float),
-        "std": _numbers("--std", std, float),
-        "shape": _numbers("--shape", shape, int),
-        "classes": None if classes is None else classes.read_text("utf-8").split("\n"),
-    }
-    if given["classes"] is not None:
-        given["classes"] = [line.strip() for line in given["classes"] if line.strip()]
-    import torch
-
-    import dsvlib
-    from dsvlib.allocation import keep_memory
-
-    keep_memory()
-    opened = dsvlib.open_classifier(classifier or architecture or "", weights=weights, **given)
-    if labels is None:
-        wanted = torch.arange(len(opened.classes)).repeat_interleave(per_class or 1)
-    else:
-        try:
-            wanted = opened.labels(labels.split(","))
-        except ValueError as error:
-            raise RequestError(f"--{error}") from None
-    solution = dsvlib.synthesize(
-        opened.model,
-        wanted,
-        opened.shape,
-        config=_synthesis_config(opened.dataset, steps),
-        bounds=opened.bounds,
-        generator=torch.Generator().manual_seed(seed),
-        checkpoint=checkpoint,
-    )
-    if not solution.status.successful:
-        raise DsvError(f"{solution.status} Nothing was written; try fewer steps or another seed")
-    about = {"status": str(solution.status), "classifier": opened.name, "seed": seed}
-    with _new_folder(out) as folder:
-        _write_solution(folder, solution, opened, about)
-    print(f"{len(solution.samples)} deep support vectors in {out}. {solution.status}")
-
-
-def _numbers(option: str, text: str | None, kind: type) -> list[Any] | None:
-    if text is None:
-        return None
-    try:
-        return [kind(word) for word in text.split(",")]
-    except ValueError:
-        raise RequestError(
-            f"{option}: expected numbers with commas between them, got {text!r}"
-        ) from None
-
-
-def _synthesis_config(dataset: str, steps: int | None) -> Any:
-    """Return the defaults for the bundled digits, and the start for photographs for all else."""
-    from dsvlib import SynthesisConfig
-
-    changes: dict[str, Any] = {} if steps is None else {"steps": steps}
-    if dataset == "digits":
-        return SynthesisConfig(**changes)
-    return SynthesisConfig.photographs(**changes)
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder that becomes `target` when all went well and vanishes otherwise."""
-    folder = target.with_name(f".{target.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        os.replace(folder, target)  # also over an empty folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_solution(
-    folder: Path, solution: Solution, opened: Classifier, about: dict[str, Any]
-) -> None:
-    from companion.figures import image_grid, write_figure
-
-    samples = solution.samples.to("cpu").describe(opened)
-    samples.save(folder / "samples.safetensors")
-    images = samples.images().numpy()
-    names = [opened.classes[int(label)] for label in samples.labels]
-    steps = int(solution.config.steps)
-    alt = f"{len(names)} deep support vectors, of the classes {', '.join(dict.fromkeys(names))}"
-    write_figure(
-        image_grid(images, captions=names),
-        folder / "samples",
-        alt=alt,
-        badge=f"{steps} steps · seed {about['seed']}",
-    )
-    solution.history.to_csv(folder / "history.csv", index=False)
-    residuals = solution.residuals
-    if residuals is not None:
-        lines = ["quantity,parameter,value"]
-        for key in ("stationarity", "cosine", "primal", "dual", "active"):
-            lines.append(f"{key},all,{float(getattr(residuals, key))!r}")
-        for row in residuals.per_layer.to_dict("records"):
-            for key in ("stationarity", "cosine"):
-                lines.append(f"{key},{row['parameter']},{float(row[key])!r}")
-        (folder / "residuals.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    about |= {"steps": steps, "samples_sha256": file_digest(folder / "samples.safetensors")}
-    write_json(folder / "about.json", about | {"digest": digest(about)})
 
 
 @app.command()
@@ -455,55 +265,6 @@ def _torchvision() -> str:
             f"torchvision does not fit this torch ({error}); install both from one index"
         ) from error
     return str(torchvision.__version__)
-
-
-DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data sets.")]
-DataName = Annotated[list[str] | None, typer.Argument(help="Data sets; see dsv data list.")]
-
-
-@data.command("list")
-def list_data(root: DataRoot = None) -> None:
-    """List the data sets that load_dataset knows, and which of them are here."""
-    from dsvlib.data.downloads import CLASSES, FOLDERS, archives, default_root, state
-
-    where = root or default_root()
-    print("digits         bundled, works offline (the default)")
-    for name in CLASSES:
-        words = sorted({state(archive, where) for archive in archives(name)})
-        fix = "" if words == ["whole"] else f"; dsv data fetch {name}, or on first use"
-        print(f"{name:14} {', '.join(words)}{fix}")
-    for name in FOLDERS:
-        there = (where / name / "train").is_dir()
-        print(f"{name:14} {'present' if there else f'missing: a folder of images in {where}'}")
-    print("folder:PATH    your own: PATH/train/<class>/* and PATH/test/<class>/*")
-
-
-@data.command("fetch")
-def fetch_data(names: DataName = None, root: DataRoot = None) -> None:
-    """Download data sets, checked; a download that broke off goes on where it stopped."""
-    from dsvlib.data.downloads import archives, default_root, fetch
-
-    if not names:
-        raise RequestError("expected the NAME of a data set; dsv data list shows them")
-    for files in [archives(name) for name in names]:  # every name is known before the first byte
-        fetch(files, root or default_root(), echo=typer.echo)
-
-
-@data.command("verify")
-def verify_data(names: DataName = None, root: DataRoot = None) -> None:
-    """Check the files of data sets against their checksums; all that are here by default."""
-    from dsvlib.data.downloads import CLASSES, FOLDERS, archives, default_root, state, verify
-
-    where = root or default_root()
-    here = [n for n in CLASSES if any(state(a, where) != "missing" for a in archives(n))]
-    here += [name for name in FOLDERS if (where / name).is_dir()]
-    wrong = []
-    for name in names or ["digits", *here]:
-        whole, text = verify(name, where)
-        typer.echo(f"{name:14} {'whole' if whole else 'NOT WHOLE'} · {text}")
-        wrong += [] if whole else [name]
-    if wrong:
-        raise DsvError(f"{', '.join(wrong)}: not whole; the lines above say what to do")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from companion.data_needs import data_sets
 from companion.graph import up_to_date
 from companion.presets import Job
 from companion.workflow import duration, last_record
-from dsvlib.data.downloads import FOLDERS, archives, data_sets, default_root
+from dsvlib._files import downloads_folder
+from dsvlib.data.downloads import FOLDERS, archives
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def _cores(count: int) -> str:
 def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
     """Return, for every data set that the jobs' parameters name, ``present`` or how to bring it."""
     needed = {}
-    root = data_root or default_root()
+    root = data_root or downloads_folder()
     for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
         if name == "digits":
             needed[name] = "present (bundled)"

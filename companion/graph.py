@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from companion.data_needs import data_sets
 from companion.presets import Job
 from companion.runs import (
     RecordError,
@@ -28,8 +29,8 @@ from companion.runs import (
     write_json,
 )
 from dsvlib._errors import DsvError
-from dsvlib._files import PACKAGE, atomic_path
-from dsvlib.data.downloads import FOLDERS, data_sets, default_root, folder_digest
+from dsvlib._files import PACKAGE, atomic_path, downloads_folder
+from dsvlib.data.downloads import FOLDERS, folder_digest
 
 
 def up_to_date(job: Job) -> bool:
@@ -54,7 +55,7 @@ def request(job: Job) -> str:
 
     Other data sets are bundled or come with a published checksum, so that their name is enough.
     """
-    root = Path(job.parameters.get("data_root") or default_root())
+    root = Path(job.parameters.get("data_root") or downloads_folder())
     folders = {
         name: root / name if name in FOLDERS else Path(name.removeprefix("folder:"))
         for name in data_sets(job.parameters)

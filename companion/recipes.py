@@ -39,25 +39,41 @@ class Recipe:
     start: str | None = None  # the recipe whose weights training starts from; None: fresh ones
 
 
-# wd 5e-3 and the polish were chosen on a validation part of the training images: higher decay is
-# nearer to stationary, lower classifies better.
-_STATIONARY = TrainConfig(
-    epochs=200, learning_rate=0.05, weight_decay=5e-3, polish_steps=300, log_every=20
-)
-_SMALL = {"width": 32, "depth": 2, "norm": "none"}
-_SMALL_VIT = {"patch": 4, "width": 32, "depth": 2, "heads": 4}
+_SMALL: dict[str, Any] = {"width": 32, "depth": 2, "norm": "none"}
+_DEEP: dict[str, Any] = {"width": 64, "depth": 4}
+_DIGITS: dict[str, Any] = {"dataset": "digits", "architecture": "convnet"}
+_CIFAR10: dict[str, Any] = {"dataset": "cifar10-jpeg", "architecture": "convnet"}
+_IMAGENETTE: dict[str, Any] = {"dataset": "imagenette-64", "architecture": "convnet"}
+
+
+def _shifted(by: float) -> AugmentationConfig:
+    return AugmentationConfig(flip=0.5, translate=by)
+
+
+def _cycle(epochs: int, learning_rate: float, weight_decay: float, **options: Any) -> TrainConfig:
+    """Return the training of photographs: one cycle of the rate, and flips by default."""
+    return TrainConfig(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        schedule="one-cycle",
+        **{"augmentation": _shifted(0)} | options,
+    )
+
+
+# data/README.md tells how these settings were found.
 RECIPES = {
     "digits-convnet": Recipe(
         purpose="the embedded default: norm-free and trained until it is nearly stationary",
-        dataset="digits",
-        architecture="convnet",
+        **_DIGITS,
         options=_SMALL,
-        training=_STATIONARY,
+        training=TrainConfig(
+            epochs=200, learning_rate=0.05, weight_decay=5e-3, polish_steps=300, log_every=20
+        ),
     ),
     "digits-convnet-shuffled": Recipe(
         purpose="control: the same network, made to memorise labels that were shuffled",
-        dataset="digits",
-        architecture="convnet",
+        **_DIGITS,
         options=_SMALL,
         # little decay and more epochs: at the first recipe's decay it would learn nothing
         training=TrainConfig(epochs=400, learning_rate=0.05, weight_decay=1e-4, log_every=40),
@@ -67,17 +83,14 @@ RECIPES = {
         purpose="a vision transformer of 18,602 parameters, for notebook 11",
         dataset="digits",
         architecture="vit",
-        options=_SMALL_VIT,
-        # Of three settings the nearest to stationary by its cosine. Layer norm leaves nothing
-        # to hold the weights before it against decay: at 5e-3 (rate 0.1) it fell to chance.
+        options={"patch": 4, "width": 32, "depth": 2, "heads": 4},
         training=TrainConfig(
             epochs=150, learning_rate=0.05, weight_decay=1e-3, polish_steps=100, log_every=20
         ),
     ),
     "digits-judge": Recipe(
         purpose="judge: another architecture, other weights, trained on the real digits only",
-        dataset="digits",
-        architecture="convnet",
+        **_DIGITS,
         options={"width": 48, "depth": 3, "norm": "instance"},
         training=TrainConfig(
             epochs=40,
@@ -91,114 +104,55 @@ RECIPES = {
     ),
     "cifar10-jpeg-convnet": Recipe(
         purpose="32×32 photographs: norm-free, with a decay that has taken hold when training ends",
-        dataset="cifar10-jpeg",
-        architecture="convnet",
+        **_CIFAR10,
         options={"norm": "none"},
-        # 1 / (rate × decay) is 5,600 steps or 14 epochs: at a lower decay the weights would still
-        # be far from the balance of gradient and decay that the stationarity condition describes
-        training=TrainConfig(
-            epochs=22,
-            learning_rate=0.06,
-            weight_decay=3e-3,
-            schedule="one-cycle",
-            augmentation=AugmentationConfig(flip=0.5),
-            precision="bfloat16",
-        ),
+        training=_cycle(22, 0.06, 3e-3, precision="bfloat16"),
     ),
     "cifar10-jpeg-convnet-stationary": Recipe(
         purpose="32×32 photographs: `cifar10-jpeg-convnet` brought nearer to a stationary point",
-        dataset="cifar10-jpeg",
-        architecture="convnet",
+        **_CIFAR10,
         options={"norm": "none"},
-        # What keeps the first one from its stationary point is the noise of its batches, which a
-        # rate that falls within an epoch freezes in: the gradient of all images is five times the
-        # pull of the decay. The mean of the weights over whole epochs takes it out (an epoch at
-        # 0.002 falling to zero: cosine 0.21; four at 0.005 averaged: 0.36; these: 0.65). No
-        # augmentation, since the condition has none.
+        # averaged against the noise of the batches; no augmentation, since the condition has none
         training=TrainConfig(
-            epochs=6,
-            learning_rate=1e-2,
-            weight_decay=3e-3,
-            schedule="halfway",
-            average_epochs=2,
+            epochs=6, learning_rate=1e-2, weight_decay=3e-3, schedule="halfway", average_epochs=2
         ),
         start="cifar10-jpeg-convnet",
     ),
     "cifar10-jpeg-convnet-instance": Recipe(
         purpose="32×32 photographs: the field's ConvNet-3 (width 128, instance norm), for accuracy",
-        dataset="cifar10-jpeg",
-        architecture="convnet",
+        **_CIFAR10,
         options={},
-        # Fixed beforehand, from what 24 epochs with shifts of two pixels and a decay of 5e-4 left:
-        # 83.7 % test and a gap of nine points to the training images. Eight more epochs from
-        # there, with shifts of four, closed two points of the gap and gained nothing (83.2 %).
-        training=TrainConfig(
-            epochs=36,
-            batch_size=64,
-            learning_rate=0.05,
-            weight_decay=7.5e-4,
-            schedule="one-cycle",
-            augmentation=AugmentationConfig(flip=0.5, translate=0.09375),
-        ),
+        training=_cycle(36, 0.05, 7.5e-4, batch_size=64, augmentation=_shifted(0.09375)),
     ),
     "cifar10-jpeg-judge": Recipe(
         purpose=(
             "judge of 32×32 photographs: deeper, with batch norm and max pooling, other weights"
         ),
-        dataset="cifar10-jpeg",
-        architecture="convnet",
-        options={"width": 64, "depth": 4, "norm": "batch", "pooling": "max"},
-        training=TrainConfig(
-            epochs=14,
-            learning_rate=0.1,
-            weight_decay=5e-4,
-            schedule="one-cycle",
-            augmentation=AugmentationConfig(flip=0.5, translate=0.125),
-        ),
+        **_CIFAR10,
+        options=_DEEP | {"norm": "batch", "pooling": "max"},
+        training=_cycle(14, 0.1, 5e-4, augmentation=_shifted(0.125)),
         seed=1000,
     ),
     "imagenette-64-convnet": Recipe(
         purpose="64×64 photographs: norm-free, as `cifar10-jpeg-convnet` one block deeper",
-        dataset="imagenette-64",
-        architecture="convnet",
-        options={"width": 64, "depth": 4, "norm": "none"},
-        training=TrainConfig(
-            epochs=16,
-            batch_size=32,  # 9,469 images: small batches give the steps that learning takes
-            learning_rate=0.04,
-            weight_decay=2e-3,
-            schedule="one-cycle",
-            augmentation=AugmentationConfig(flip=0.5),
-        ),
+        **_IMAGENETTE,
+        options=_DEEP | {"norm": "none"},
+        # 9,469 images: small batches give the steps that learning takes
+        training=_cycle(16, 0.04, 2e-3, batch_size=32),
     ),
     "imagenette-64-resnet18": Recipe(
         purpose="64×64 photographs: a ResNet-18 of half the width, its stem halving the image once",
         dataset="imagenette-64",
         architecture="resnet18",
         options={"width": 32, "stride": 2},
-        training=TrainConfig(
-            epochs=14,
-            batch_size=64,
-            learning_rate=0.1,
-            weight_decay=2e-3,
-            schedule="one-cycle",
-            augmentation=AugmentationConfig(flip=0.5, translate=0.0625),
-        ),
+        training=_cycle(14, 0.1, 2e-3, batch_size=64, augmentation=_shifted(0.0625)),
     ),
     "imagenette-64-judge": Recipe(
         purpose="judge of Imagenette: at half the size, with batch norm and max pooling",
-        dataset="imagenette-64",
+        **_IMAGENETTE,
         image_size=32,  # which also makes it more of a stranger to what it reads
-        architecture="convnet",
-        options={"width": 64, "depth": 4, "norm": "batch", "pooling": "max"},
-        training=TrainConfig(
-            epochs=16,
-            batch_size=64,
-            learning_rate=0.08,
-            weight_decay=5e-4,
-            schedule="one-cycle",
-            augmentation=AugmentationConfig(flip=0.5, translate=0.125),
-        ),
+        options=_DEEP | {"norm": "batch", "pooling": "max"},
+        training=_cycle(16, 0.08, 5e-4, batch_size=64, augmentation=_shifted(0.125)),
         seed=1000,
     ),
 }

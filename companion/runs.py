@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Self, SupportsFloat
 from dsvlib import _files
 from dsvlib._errors import DsvError, explain
 from dsvlib._files import atomic_path, file_digest
-from dsvlib.allocation import keep_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +94,8 @@ def code_cells(notebook: Path) -> list[str]:
 def result_sources() -> list[Path]:
     """Return the sources that can change a result, sorted: the method, and little beside it."""
     beside = (Path(__file__).parent / name for name in BESIDE_THE_METHOD)
-    return sorted([*_files.PACKAGE.rglob("*.py"), *beside])
+    method = (path for path in _files.PACKAGE.rglob("*.py") if path.name != "cli.py")
+    return sorted([*method, *beside])
 
 
 def library_digest() -> str:
@@ -123,6 +123,19 @@ def is_current(record: Mapping[str, Any]) -> bool:
         return False
     used: dict[str, str] = record.get("checkpoints", {})
     return used == _checkpoint_digests(used)
+
+
+_opened: set[str] = set()  # the shipped classifiers that this process has read
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "dsvlib.load_classifier":
+        path = Path(arguments[0])
+        if path == _files.checkpoint_path(path.stem):
+            _opened.add(path.stem)
+
+
+sys.addaudithook(_note_opened)  # once a process: a hook cannot be taken off
 
 
 def _checkpoint_digests(names: Iterable[str]) -> dict[str, str]:
@@ -197,7 +210,6 @@ class Run:
         """
         _check_name("notebook", notebook)
         _check_name("preset", preset)
-        keep_memory()
         # Where the data lie differs between machines; what they are is in `data_digest`.
         kept = {k: v for k, v in (parameters or {}).items() if k != "data_root"}
         try:
@@ -336,7 +348,7 @@ class Run:
         record = self._facts() | {
             "run_id": os.environ.get("DSV_RUN_ID", ""),
             "request": self.context.get("request", ""),
-            "checkpoints": _checkpoint_digests(_files.opened_checkpoints),
+            "checkpoints": _checkpoint_digests(_opened),
             "values": [asdict(value) for value in self.values.values()],
             "seconds": round(time.time() - self.started, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),

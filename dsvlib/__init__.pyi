@@ -5,6 +5,7 @@ from .analysis.spectrum import radial_spectrum as radial_spectrum
 from .augmentation import DSA as DSA
 from .augmentation import AugmentationConfig as AugmentationConfig
 from .augmentation import augment as augment
+from .classifiers.adversarial import AdversarialConfig as AdversarialConfig
 from .classifiers.architectures import build_model as build_model
 from .classifiers.files import load_classifier as load_classifier
 from .classifiers.files import save_classifier as save_classifier
@@ -16,9 +17,10 @@ from .classifiers.training import train as train
 from .conditions import Residuals as Residuals
 from .conditions import deepkkt_loss as deepkkt_loss
 from .conditions import residuals as residuals
-from .conditions import weighted_gradient as weighted_gradient
+from .conditions import total_variation as total_variation
 from .data.datasets import Dataset as Dataset
 from .data.datasets import Split as Split
+from .data.datasets import as_split as as_split
 from .data.datasets import load_dataset as load_dataset
 from .distillation import DistributionMatchingConfig as DistributionMatchingConfig
 from .distillation import GradientMatchingConfig as GradientMatchingConfig
@@ -27,12 +29,12 @@ from .distillation import match_gradients as match_gradients
 from .evaluation import Evaluation as Evaluation
 from .evaluation import EvaluationConfig as EvaluationConfig
 from .evaluation import evaluate as evaluate
+from .gradients import weighted_gradient as weighted_gradient
 from .logits import entropy as entropy
 from .logits import margin as margin
 from .multipliers import GradientConfig as GradientConfig
 from .multipliers import NNLSConfig as NNLSConfig
 from .multipliers import fit_multipliers as fit_multipliers
-from .priors import total_variation as total_variation
 from .selection import HitRecorder as HitRecorder
 from .selection import class_means as class_means
 from .selection import forgetting as forgetting

@@ -78,6 +78,9 @@ def _exchange(matrix: Array, linear: Array, upper: Array, x: Array, tolerance: f
     It is here for a finite `upper`, which SciPy's `nnls` does not take, and starts from the answer
     without one: most of the free variables are known by then.
     """
+    # scipy.optimize.lsq_linear(method="bvls") would do both. On the 1,347 digits it took 17.3 s of
+    # CPU time for our 3.1 without a bound and 42.6 s for 3.9 with one, its x is off by 4e-12 and
+    # 6e-12, and rᵢ by 8e-5 and 3e-4 where it leaves xᵢ a rounding error away from 0
     free = (x > 0) & (x < upper)
     for _ in range(10 * len(x)):
         _solve_free(matrix, linear, upper, x, free)

@@ -1,4 +1,4 @@
-"""Files: where the repository is, and how a file is written whole or not at all."""
+"""Files: where things are found and put, and how a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,31 +16,48 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).resolve().parent
 
 
+def checkout() -> Path | None:
+    """Return the checkout that holds this package; None where a wheel was installed."""
+    root = PACKAGE.parent
+    return root if (root / "pyproject.toml").is_file() else None
+
+
 def repository_root() -> Path:
     """Return the checkout that holds this package, whatever the working directory is."""
-    return PACKAGE.parent
+    root = checkout()
+    if root is None:
+        raise FileNotFoundError("expected a checkout of the repository; clone it, run this there")
+    return root
+
+
+def data_folder() -> Path:
+    """Return where data are kept: a checkout's ``data``, or else the user's cache.
+
+    The environment's DSV_CACHE names another cache. Nothing is written beside the package.
+    """
+    root = checkout()
+    if root is not None:
+        return root / "data"
+    import platformdirs
+
+    return Path(os.environ.get("DSV_CACHE") or platformdirs.user_cache_dir("dsvlib"))
+
+
+def downloads_folder() -> Path:
+    """Return where downloads live unless one says otherwise."""
+    return data_folder() / "downloads"
 
 
 def checkpoints_folder() -> Path:
-    """Return the folder of the shipped classifiers: the checkout's, or the wheel's own copy."""
-    packaged = PACKAGE / "_checkpoints"
-    return packaged if packaged.is_dir() else repository_root() / "data" / "checkpoints"
+    """Return where trained classifiers are put, and looked for after those of a wheel."""
+    return data_folder() / "checkpoints"
 
 
-opened_checkpoints: set[str] = set()  # what this process has read, so that a run can name it
-
-
-def checkpoint_path(name: str) -> Path:
-    """Return where a shipped classifier lies, or would lie."""
-    return checkpoints_folder() / f"{name}.safetensors"
-
-
-def shipped_checkpoint(name: str) -> Path:
-    """Return the file of a shipped classifier, and remember that this process asked for it."""
-    path = checkpoint_path(name)
-    if path.is_file():
-        opened_checkpoints.add(name)
-    return path
+def checkpoint_path(name: str, root: Path | None = None) -> Path:
+    """Return where a shipped classifier lies, or would lie: the wheel's, the data's, or `root`."""
+    known = [PACKAGE / "_checkpoints", checkpoints_folder(), *([] if root is None else [root])]
+    paths = [folder / f"{name}.safetensors" for folder in known]
+    return next((path for path in paths if path.is_file()), checkpoints_folder() / paths[0].name)
 
 
 @contextmanager
@@ -74,6 +91,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def foreign_content(path: Path) -> str | None:
+    """Return what a file holds that is often found in place of weights, with the fix, or None."""
+    with path.open("rb") as stream:
+        start = stream.read(100).lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS; run git lfs pull where it was cloned"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page; download the file itself (its raw link)"
+    return None
+
+
 def read_safetensors(
     path: str | os.PathLike[str], expected: str, written_by: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -82,6 +110,8 @@ def read_safetensors(
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: expected a file that {written_by} wrote, found none")
+    if what := foreign_content(Path(path)):
+        raise ValueError(f"{path}: expected a file that {written_by} wrote, got {what}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})

@@ -1,18 +1,93 @@
-"""Which layer has no second derivative, and what to put in its place.
+"""Second derivatives of anyone's network: what stands in their way, and which layer it is.
 
-The DeepKKT loss differentiates a gradient. Where PyTorch cannot, its message names a kernel, not a
-layer of the user's model: here every module is tried alone on the input that it gets in the model,
-children before parents, and the first that fails is named.
+The DeepKKT loss differentiates a gradient. PyTorch does that natively for nearly all operations.
+The exceptions that have an equal are replaced while a forward pass is recorded; for the others,
+PyTorch's message names a kernel and not a layer, so every module is tried alone on the input that
+it gets in the model, children before parents, and the first that fails is named.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from dsvlib.second_order import cheap_double_backward
+
+class twice_differentiable(TorchFunctionMode):  # in lower case, as torch.no_grad
+    """Context in which a forward pass is recorded so that it can be differentiated twice.
+
+    Attention becomes matrix products and a softmax: the fused kernels have no second derivative and
+    no forward mode. It is done call by call, in this thread alone and whatever kernel the model
+    asks for: `torch.nn.attention.sdpa_kernel` would be a switch of the whole process, which two
+    overlapping threads leave in the wrong position.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` by its definition, [..., t, d]."""
+    if enable_gqa:  # several heads of the query share one of the key
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return F.dropout(scores.softmax(dim=-1), dropout_p) @ value
+
+
+def _multi_head_attention(
+    *args: Any, need_weights: bool = True, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """``F.multi_head_attention_forward``, which is written out where its weights are asked for."""
+    out, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
+    return out, weights if need_weights else None
+
+
+_REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+}
+
+
+def check_not_severed(value: Tensor) -> None:
+    """Raise RuntimeError if a `once_differentiable` function stands in the graph of `value`.
+
+    PyTorch raises there only when it comes by, and `torch.autograd.grad` with named inputs never
+    does: the derivative would be left out without a word.
+    """
+    todo, seen = [value.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in ("torch::autograd::Error", "DelayedError"):
+            raise RuntimeError("a function marked with once_differentiable is differentiated twice")
+        todo += [following for following, _ in node.next_functions]
 
 
 def explain_failure(model: nn.Module, inputs: Tensor, error: RuntimeError) -> str:
@@ -33,23 +108,6 @@ def explain_failure(model: nn.Module, inputs: Tensor, error: RuntimeError) -> st
     )
 
 
-def check_not_severed(value: Tensor) -> None:
-    """Raise RuntimeError if a `once_differentiable` function stands in the graph of `value`.
-
-    PyTorch raises there only when it comes by, and `torch.autograd.grad` with named inputs never
-    does: the derivative would be left out without a word.
-    """
-    todo, seen = [value.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() in ("torch::autograd::Error", "DelayedError"):
-            raise RuntimeError("a function marked with once_differentiable is differentiated twice")
-        todo += [following for following, _ in node.next_functions]
-
-
 def layer_without_second_derivative(model: nn.Module, inputs: Tensor) -> str | None:
     """Return the name of the innermost module that cannot be differentiated twice, or None.
 
@@ -63,59 +121,46 @@ def layer_without_second_derivative(model: nn.Module, inputs: Tensor) -> str | N
 
     handles = [m.register_forward_hook(remember, with_kwargs=True) for m in names]
     try:
-        with cheap_double_backward(), torch.enable_grad():
+        with twice_differentiable(), torch.enable_grad():
             model(inputs.detach())
     except RuntimeError:
         return None
     finally:
         for handle in handles:
             handle.remove()
-    for module, args, kwargs in seen:
-        if not _twice(module, args, kwargs):
-            return names[module]
-    return None
+    return next((names[module] for module, *given in seen if not _twice(module, *given)), None)
 
 
 def _twice(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the module alone can be differentiated twice in its inputs and parameters."""
     args = tuple(_leaf(value) for value in args)
     kwargs = {key: _leaf(value) for key, value in kwargs.items()}
-    wanted = [v for v in (*args, *kwargs.values(), *module.parameters()) if _differentiable(v)]
+    wanted = _with_history([*args, *kwargs.values(), *module.parameters()])
     try:
         with torch.enable_grad():
-            with cheap_double_backward():
+            with twice_differentiable():
                 out = module(*args, **kwargs)
-            first = _grad(_energy(_tensors(out)), wanted, create_graph=True)
-            second = _energy(first)
-            if second is not None:
-                check_not_severed(second)
-            _grad(second, wanted, create_graph=False)
+            value = _energy(out if isinstance(out, tuple | list) else [out])
+            if value is None or not wanted:
+                return True
+            first = torch.autograd.grad(value, wanted, create_graph=True, materialize_grads=True)
+            value = _energy(first)
+            if value is not None:
+                check_not_severed(value)
+                torch.autograd.grad(value, wanted, materialize_grads=True)
     except RuntimeError:
         return False
     return True
 
 
-def _grad(value: Tensor | None, wanted: list[Tensor], *, create_graph: bool) -> list[Tensor]:
-    if value is None or not value.requires_grad or not wanted:
-        return []
-    return list(
-        torch.autograd.grad(value, wanted, create_graph=create_graph, materialize_grads=True)
-    )
-
-
-def _energy(tensors: list[Tensor]) -> Tensor | None:
+def _energy(values: Sequence[Any]) -> Tensor | None:
     """Return Σ t² over all tensors that have a history, so that every derivative depends on all."""
-    terms = [t.square().sum() for t in tensors if t.requires_grad]
+    terms = [tensor.square().sum() for tensor in _with_history(values)]
     return torch.stack(terms).sum() if terms else None
 
 
-def _tensors(out: Any) -> list[Tensor]:
-    items = out if isinstance(out, tuple | list) else [out]
-    return [item for item in items if isinstance(item, Tensor) and item.is_floating_point()]
-
-
-def _differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
+def _with_history(values: Sequence[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
 
 
 def _leaf(value: Any) -> Any:

@@ -43,10 +43,17 @@ def check_inputs(inputs: object, name: str = "inputs") -> Tensor:
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:
     """Return labels as int64 [n] or as float rows [n, K] that sum to 1.
 
-    Accepts a tensor or a plain sequence of class numbers.
+    Accepts a tensor, an array or a plain sequence of class numbers.
     """
     if not isinstance(labels, Tensor):
-        labels = torch.as_tensor(labels)
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:  # names, None, a set, a dict
+            raise TypeError(
+                f"labels: expected class numbers from 0, one for each sample, got "
+                f"{type(labels).__name__} {str(labels)[:60]}; number the names, e.g. "
+                f"[names.index(label) for label in labels]"
+            ) from error
     if labels.numel() == 0:
         raise ValueError("labels: expected at least one label, got none; name the classes you want")
     if labels.is_floating_point():
@@ -85,9 +92,11 @@ def check_label_range(labels: Tensor, num_classes: int) -> None:
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= num_classes:
         wrong = lowest if lowest < 0 else highest
+        from_one = lowest == 1 and highest == num_classes
         raise ValueError(
             f"labels: expected class numbers from 0 to {num_classes - 1}, got {wrong}; "
             f"the model has {num_classes} outputs"
+            + (": subtract 1 from labels that start at 1" if from_one else "")
         )
 
 
@@ -150,7 +159,7 @@ def check_bounds(
     """
     if bounds is None:
         return None
-    low, high = (torch.as_tensor(b).to(like) for b in bounds)
+    low, high = (torch.as_tensor(b, dtype=like.dtype, device=like.device) for b in bounds)
     for name, bound in (("low", low), ("high", high)):
         check_finite(f"bounds {name}", bound)
         if bound.ndim > 1 or bound.numel() not in (1, shape[0]):
@@ -174,6 +183,15 @@ def select_params(model: nn.Module, params: Mapping[str, Tensor] | None) -> dict
         chosen: dict[str, Tensor] = {k: p for k, p in named.items() if p.requires_grad}
     else:
         chosen = dict(params)
+    everything = (*named.items(), *model.named_buffers(), *chosen.items())
+    floating = {name: value for name, value in everything if value.is_floating_point()}
+    finite = [torch.isfinite(value.detach()).all() for value in floating.values()]
+    if finite and not torch.stack([f.to(finite[0].device) for f in finite]).all():  # asked once
+        name = next(name for name, good in zip(floating, finite, strict=True) if not good)
+        raise ValueError(
+            f"model: expected finite weights, got NaN or infinite ones in {name!r}; "
+            f"train it anew or load other weights"
+        )
     if not chosen:
         raise ValueError(
             f"params: expected a model with at least one parameter that requires grad, got "

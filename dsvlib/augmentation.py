@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,11 @@ class Draw(NamedTuple):
     keep: Tensor | None  # [m, 1, H, W], 0 inside the cut-out square
     noise: Tensor | None  # [m, C, H, W], added
     fill: float = 0.0  # value of pixels from outside the image
+
+    def rows(self, part: slice) -> Draw:
+        """Return the numbers of the images at `part`."""
+        drawn: dict[str, Any] = {k: v for k, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**{name: value[part] for name, value in drawn.items()})
 
 
 def draw(

@@ -20,48 +20,49 @@ from dsvlib.logits import predict
 from dsvlib.support_set import SupportSet
 
 
-def _field_training(epochs: int, augmentation: AugmentationConfig | None) -> TrainConfig:
-    return TrainConfig(
-        epochs=epochs,
-        batch_size=256,
-        learning_rate=0.01,
-        momentum=0.9,
-        weight_decay=5e-4,
-        schedule="halfway",
-        augmentation=augmentation,
-        log_every=max(epochs, 1),
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """How networks are retrained; the default is the field's protocol without augmentation."""
 
-    training: TrainConfig = field(default_factory=lambda: _field_training(300, None))
+    training: TrainConfig = field(
+        default_factory=lambda: EvaluationConfig.field_protocol().training
+    )
 
     @classmethod
     def field_protocol(
         cls, *, epochs: int = 300, augmentation: AugmentationConfig | None = None
     ) -> EvaluationConfig:
         """Return the field's protocol: 300 epochs, or 1000 with DSA augmentation."""
-        return cls(training=_field_training(epochs, augmentation))
+        return cls(
+            training=TrainConfig(
+                epochs=epochs,
+                log_every=max(epochs, 1),
+                augmentation=augmentation,
+                batch_size=256,
+                learning_rate=0.01,
+                momentum=0.9,
+                weight_decay=5e-4,
+                schedule="halfway",
+            )
+        )
 
     @classmethod
     def paper_protocol(
         cls, *, epochs: int = 300, augmentation: AugmentationConfig | None = None
     ) -> EvaluationConfig:
         """Return the DSV paper's protocol: Adam at 1e-4, its defaults otherwise."""
-        training = TrainConfig(
-            epochs=epochs,
-            batch_size=256,
-            optimizer="adam",
-            learning_rate=1e-4,
-            weight_decay=0.0,
-            schedule="constant",
-            augmentation=augmentation,
-            log_every=max(epochs, 1),
+        return cls(
+            training=TrainConfig(
+                epochs=epochs,
+                log_every=max(epochs, 1),
+                augmentation=augmentation,
+                batch_size=256,
+                optimizer="adam",
+                learning_rate=1e-4,
+                weight_decay=0.0,
+                schedule="constant",
+            )
         )
-        return cls(training=training)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +109,15 @@ def evaluate(
         Makes a fresh network, e.g. ``lambda: build_model("convnet", num_classes=10, shape=shape)``;
         called once per seed with torch's global generator seeded and afterwards restored.
     seeds
-        One network each; a seed fixes the initial weights, the batches and the augmentation.
+        One network each; a seed fixes the initial weights and, from a stream of their own, the
+        batches and the augmentation.
 
     Raises ValueError where the labels do not fit the network or no seed is given.
     """
     config = config or EvaluationConfig()
     target = as_labels(test.labels)
     check_same_length(test_inputs=len(check_inputs(test.inputs)), test_labels=len(target))
-    target = target.argmax(dim=1) if target.is_floating_point() else target
+    target = (target.argmax(dim=1) if target.is_floating_point() else target).cpu()
     accuracies, rows = [], []
     for seed in seeds:
         with torch.random.fork_rng():
@@ -125,9 +127,8 @@ def evaluate(
         for labels in (samples.labels, as_labels(test.labels)):
             check_label_range(labels, outputs)
         logits_of(network, test.inputs[:1])  # a wrong shape is told before the training
-        generator = torch.Generator().manual_seed(seed)
-        train(network, samples, config=config.training, generator=generator)
-        right = (predict(logits_of(network, test.inputs)).cpu() == target.cpu()).float()
+        train(network, samples, config=config.training, generator=_batch_stream(seed))
+        right = (predict(logits_of(network, test.inputs)).cpu() == target).float()
         accuracies.append(right.mean())
         rows += [
             {"seed": seed, "class": int(label), "accuracy": float(right[target == label].mean())}
@@ -136,3 +137,9 @@ def evaluate(
     if not accuracies:
         raise ValueError("seeds: expected at least one seed, got none; pass e.g. range(5)")
     return Evaluation(torch.stack(accuracies), pd.DataFrame(rows))
+
+
+def _batch_stream(seed: int) -> torch.Generator:
+    """Return a generator of its own: the stream of `seed` itself has drawn the weights."""
+    parent = torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=parent)))

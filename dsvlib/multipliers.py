@@ -3,42 +3,37 @@
 Two ways to fit λ ≥ 0 to θ = −Σᵢ λᵢ gᵢ, with gᵢ = ∇_θ L(Φ(xᵢ; θ), yᵢ):
 
     "gradient"   min_λ D(θ, −Gᵀλ) by Adam, the paper's way. With g = Gᵀλ and v = ∂D/∂g the
-                 derivative in λ is Gv, so a step is one backward and one forward-mode pass over the
-                 samples. No gᵢ is ever formed: memory stays flat.
+                 derivative in λ is Gv, so a step is two products with G. Where G is too large to
+                 hold, they are one backward and one forward-mode pass over the samples.
     "nnls"       min_λ ½‖θ + Gᵀλ‖² + (ρ/2)‖λ‖², 0 ≤ λ ≤ u, a convex problem, solved through the Gram
                  matrix K = GGᵀ and c = Gθ, with a certificate. In the cone picture −Gᵀλ is the
                  projection of θ on the cone of the −gᵢ, so it also has the largest cosine with θ.
 
-Shapes: θ [P]; λ [n]; G [n, P] has a row per sample (`sample_gradients`); K [n, n] and c [n] are
-float64 on the CPU.
+Shapes: θ [P]; λ [n]; G [n, P] has a row per sample (`gradients`); K [n, n] and c [n] are float64
+on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsvlib._box_quadratic import Minimum, minimise
+from dsvlib._box_quadratic import minimise
 from dsvlib._progress import progress_bar
 from dsvlib._schedule import learning_rate_factor
-from dsvlib._validation import check_choice, check_finite, check_number
-from dsvlib.conditions import residuals
-from dsvlib.distance import DISTANCES, Distance, best_scale, distance
+from dsvlib._validation import check_choice, check_count, check_finite, check_number
+from dsvlib.conditions import DISTANCES, Distance, best_scale, distance, residuals
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import SampleGradients
 from dsvlib.logits import LossFn, entropy
 from dsvlib.solution import Certificate, Solution, Status
 from dsvlib.support_set import SupportSet
-
-Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +67,12 @@ class NNLSConfig:
         check_number("ridge", self.ridge, at_least=0)
         check_number("tolerance", self.tolerance, above=0)
         check_number("memory", self.memory, above=0)
-        check_number("batch_size", self.batch_size, at_least=1)
+        check_count("batch_size", self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientConfig:
-    """The paper's fit of λ by gradient steps; each step reads all samples twice.
+    """The paper's fit of λ by gradient steps.
 
     steps, learning_rate, schedule
         Adam steps on λ in units of the best equal multiplier, so that one rate fits every scale of
@@ -90,6 +85,9 @@ class GradientConfig:
         place in the result with λ = 0, and is not read again.
     start
         λ starts ``"equal"`` (the best equal multiplier) or ``"random"`` (that times U[0, 2]).
+    memory
+        Gigabytes that G may take. Where it takes more, it is not held and each step reads all
+        samples twice; 0 never holds it.
     batch_size
         Samples read at once; bounds memory and changes nothing else.
     tolerance
@@ -104,6 +102,7 @@ class GradientConfig:
     distance: Distance = "cosine"
     negative_multiplier: Literal["clamp", "remove"] = "clamp"
     start: Literal["equal", "random"] = "equal"
+    memory: float = 0.5
     batch_size: int = 500
     tolerance: float = 0.0
     log_every: int = 10
@@ -115,8 +114,9 @@ class GradientConfig:
         check_choice("start", self.start, ("equal", "random"))
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("tolerance", self.tolerance, at_least=0)
+        check_number("memory", self.memory, at_least=0)
         for name in ("steps", "batch_size", "log_every"):
-            check_number(name, getattr(self, name), at_least=1)
+            check_count(name, getattr(self, name))
 
 
 def fit_multipliers(
@@ -130,6 +130,7 @@ def fit_multipliers(
     config: NNLSConfig | GradientConfig | None = None,
     init: Tensor | None = None,
     generator: torch.Generator | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Solution:
     """Fit the multipliers of given samples to θ = −Σᵢ λᵢ ∇_θ L(Φ(xᵢ; θ), yᵢ), λ ≥ 0.
 
@@ -142,7 +143,7 @@ def fit_multipliers(
         The candidates: float [n, …]; int64 [n] or float [n, K]. Moved to the model's device.
     method
         ``"nnls"``: the exact convex problem; memory and time grow with n² (thousands of samples).
-        ``"gradient"``: the paper's; memory does not grow with n (50,000 images and more).
+        ``"gradient"``: the paper's; memory is bounded whatever n is (50,000 images and more).
     params
         Parameters in the stationarity sum, a subset of ``dict(model.named_parameters())``;
         default: all that require grad.
@@ -154,6 +155,9 @@ def fit_multipliers(
         Where λ ≥ 0 starts, [n], for ``"gradient"``. A convex problem needs no start.
     generator
         CPU generator for a random start; default: a fresh one with seed 0.
+    on_step
+        For ``"gradient"``: called with the number of steps taken and λ [n] then, from 0 on. With
+        the cosine distance the solution has the last of these at its best scale.
 
     Returns
     -------
@@ -187,15 +191,14 @@ def fit_multipliers(
             "init: expected None for method 'nnls', got a tensor; the convex problem has one "
             "optimum wherever it starts, use method='gradient' to start from given multipliers"
         )
-    start = None if init is None else _checked_start(init, len(gradients))
-    with evaluation_mode(model), sdpa_kernel(SDPBackend.MATH):  # fused attention has no jvp
+    with evaluation_mode(model):
         logits = gradients.logits()
         entropies = entropy(logits) if logits.shape[1] > 1 else None
         if isinstance(config, NNLSConfig):
             fit = _fit_nnls(gradients, entropies, config)
         else:
             generator = generator or torch.Generator().manual_seed(0)
-            fit = _fit_gradient(gradients, entropies, config, start, generator)
+            fit = _fit_gradient(gradients, entropies, config, init, generator, on_step)
     samples = SupportSet(gradients.inputs, gradients.labels, fit.multipliers)
     return Solution(
         samples=samples,
@@ -214,21 +217,6 @@ class _Fit(NamedTuple):
     status: Status
     rows: list[dict[str, float]]
     certificate: Certificate | None = None
-
-
-def _checked_start(init: Tensor, count: int) -> Tensor:
-    if init.ndim != 1 or len(init) != count:
-        raise ValueError(
-            f"init: expected one multiplier per sample, shape [{count}], got "
-            f"{list(init.shape)}; start from torch.ones({count}) if in doubt"
-        )
-    check_finite("init", init)
-    if bool((init < 0).any()) or not bool(init.any()):
-        raise ValueError(
-            f"init: expected multipliers ≥ 0 and not all 0, got values from {float(init.min()):g} "
-            f"to {float(init.max()):g}; clamp them"
-        )
-    return init
 
 
 def _row(multipliers: Tensor, entropies: Tensor | None, **terms: float) -> dict[str, float]:
@@ -253,32 +241,39 @@ def _fit_gradient(
     config: GradientConfig,
     init: Tensor | None,
     generator: torch.Generator,
+    on_step: Callable[[int, Tensor], None] | None,
 ) -> _Fit:
     """Minimise D(θ, −Gᵀλ) over λ ≥ 0 with Adam on λ / unit."""
+    gradients.hold(config.memory)
     theta = gradients.theta
     kept = torch.arange(len(gradients), device=theta.device)
     unit, scaled = _start(gradients, config, init, generator)
     # confident samples have derivatives far below Adam's default ε of 1e-8, which would freeze them
     optimizer = torch.optim.Adam([scaled], lr=config.learning_rate, eps=1e-20)
     rows: list[dict[str, float]] = []
-    last = scaled.clone()
-    status, done = Status.ALL_STEPS, config.steps
-    for step in progress_bar(range(config.steps), "multipliers"):
-        total = gradients.weighted_sum(unit * scaled, kept)
+    multipliers = good = unit * scaled
+    status = Status.ALL_STEPS
+    for step in progress_bar(range(config.steps + 1), "multipliers"):
+        multipliers = unit * scaled
+        total = gradients.weighted_sum(multipliers, kept)
         value, direction = _distance(theta, total, config.distance)
         derivative = gradients.directional(direction, kept)
         if not bool(torch.isfinite(derivative).all() and torch.isfinite(value)):
-            return _Fit(unit * last, Status.NON_FINITE, rows)
+            return _Fit(good, Status.NON_FINITE, rows)
         if step == 0 and not bool(derivative.any()):
             zero = torch.zeros_like(scaled)
             row = _row(zero, entropies, step=0, distance=float(value))
             return _Fit(zero, Status.NO_GRADIENTS, [row])
-        if step % config.log_every == 0:
-            rows.append(_row(unit * scaled, entropies, step=step, distance=float(value)))
+        good = multipliers
+        if on_step is not None:
+            on_step(step, multipliers)
+        if step % config.log_every == 0 or step == config.steps:
+            rows.append(_row(multipliers, entropies, step=step, distance=float(value)))
             if _has_converged(rows, config.tolerance):
-                status, done = Status.CONVERGED, step
+                status = Status.CONVERGED
                 break
-        last = scaled.clone()
+        if step == config.steps:
+            break
         scaled.grad = derivative * unit
         factor = learning_rate_factor(config.schedule, step / config.steps)
         optimizer.param_groups[0]["lr"] = config.learning_rate * factor
@@ -286,19 +281,16 @@ def _fit_gradient(
         if config.negative_multiplier == "remove":
             kept = kept[scaled[kept] >= 0]
             if not len(kept):
-                scaled, status, done = last, Status.NO_CANDIDATES, step
+                status = Status.NO_CANDIDATES
                 break
             scaled.copy_(torch.zeros_like(scaled).index_copy_(0, kept, scaled[kept]))
         scaled.clamp_(min=0)
-    multipliers = unit * scaled
-    total = gradients.weighted_sum(multipliers)
     if config.distance == "cosine":
         factor = best_scale(theta, total)  # D is the same for every scale; this one fits θ best
         multipliers = multipliers * factor if factor > 0 else multipliers
-    value, _ = _distance(theta, total, config.distance)
     # the last row has the multipliers that are returned
-    rows = [row for row in rows if row["step"] < done]
-    rows.append(_row(multipliers, entropies, step=done, distance=float(value)))
+    rows = [row for row in rows if row["step"] < step]
+    rows.append(_row(multipliers, entropies, step=step, distance=float(value)))
     return _Fit(multipliers, status, rows)
 
 
@@ -309,16 +301,22 @@ def _start(
     generator: torch.Generator,
 ) -> tuple[float, Tensor]:
     """Return the unit of λ and λ / unit, [n]."""
-    theta = gradients.theta
+    theta, count = gradients.theta, len(gradients)
     if init is not None:
-        start = init.detach().to(theta).clone()
-        unit = float(start.mean())
-        return unit, start / unit
-    ones = torch.ones(len(gradients)).to(theta)
+        check_finite("init", init)
+        if init.shape != (count,) or bool((init < 0).any()) or not bool(init.any()):
+            raise ValueError(
+                f"init: expected one multiplier ≥ 0 per sample, shape [{count}], and not all 0, "
+                f"got {list(init.shape)} from {float(init.min()):g} to {float(init.max()):g}; "
+                f"start from torch.ones({count}) if in doubt"
+            )
+        unit = float(init.detach().mean())
+        return unit, init.detach().to(theta) / unit
+    ones = torch.ones(count).to(theta)
     factor = best_scale(theta, gradients.weighted_sum(ones))
-    unit = factor if factor > 0 and np.isfinite(factor) else 1.0
+    unit = factor if 0 < factor < np.inf else 1.0
     if config.start == "random":
-        return unit, 2 * torch.rand(len(ones), generator=generator).to(theta)
+        return unit, 2 * torch.rand(count, generator=generator).to(theta)
     return unit, ones
 
 
@@ -377,43 +375,9 @@ def _fit_nnls(gradients: SampleGradients, entropies: Tensor | None, config: NNLS
         rest = gradients.theta + gradients.weighted_sum(fitted)
     reduced = np.zeros_like(norms)
     reduced[kept] = minimum.gradient
-    labels = gradients.labels
-    per_sample = pd.DataFrame(
-        {
-            "label": (labels.argmax(dim=1) if labels.ndim == 2 else labels).tolist(),
-            "multiplier": multipliers,
-            "gradient_norm": norms,
-            "contribution": multipliers * norms,
-            "reduced_gradient": reduced,
-        }
-    )
-    certificate = _certificate(
-        minimum,
-        per_sample,
-        # measured apart from the Gram matrix
-        stationarity=float(rest.norm()) / theta_norm,
-        at_bound=float(at_bound.sum() / len(norms)),
-        tolerance=config.tolerance,
-    )
-    if not len(kept):
-        status = Status.NO_GRADIENTS
-    else:
-        status = Status.OPTIMAL if certificate.satisfied else Status.NOT_OPTIMAL
-    row = _row(fitted, entropies, step=1, stationarity=certificate.stationarity)
-    return _Fit(fitted, status, [row], certificate)
-
-
-def _certificate(
-    minimum: Minimum,
-    per_sample: pd.DataFrame,
-    *,
-    stationarity: float,
-    at_bound: float,
-    tolerance: float,
-) -> Certificate:
-    multipliers, spectrum = per_sample["multiplier"], minimum.eigenvalues
-    return Certificate(
-        stationarity=stationarity,
+    labels, values = gradients.labels, minimum.eigenvalues
+    certificate = Certificate(
+        stationarity=float(rest.norm()) / theta_norm,  # measured apart from the Gram matrix
         multiplier_min=float(multipliers.min()),
         multiplier_max=float(multipliers.max()),
         gradient_min=float(min(minimum.gradient[minimum.x == 0], default=0)),
@@ -421,10 +385,23 @@ def _certificate(
         violation=minimum.violation,
         gap=minimum.gap,
         active=float((multipliers > 0).mean()),
-        at_bound=at_bound,
-        rank=len(spectrum),
-        condition=float(spectrum[-1] / spectrum[0]) if len(spectrum) else float("inf"),
+        at_bound=float(at_bound.sum() / len(norms)),
+        rank=len(values),
+        condition=float(values[-1] / values[0]) if len(values) else float("inf"),
         unique=minimum.unique,
-        tolerance=tolerance,
-        per_sample=per_sample,
+        tolerance=config.tolerance,
+        per_sample=pd.DataFrame(
+            {
+                "label": (labels.argmax(dim=1) if labels.ndim == 2 else labels).tolist(),
+                "multiplier": multipliers,
+                "gradient_norm": norms,
+                "contribution": multipliers * norms,
+                "reduced_gradient": reduced,
+            }
+        ),
     )
+    status = Status.OPTIMAL if certificate.satisfied else Status.NOT_OPTIMAL
+    if not len(kept):
+        status = Status.NO_GRADIENTS
+    row = _row(fitted, entropies, step=1, stationarity=certificate.stationarity)
+    return _Fit(fitted, status, [row], certificate)

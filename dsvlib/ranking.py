@@ -5,23 +5,17 @@ Two numbers per sample, both from the classifier under study alone:
     robustness_i = (1/V) Σ_v log p(y_i | A_v(x_i))              the label under V augmented views
     share_i      = −λ_i ⟨θ, ∇_θ L_i⟩ / (‖θ‖·‖Σ_j λ_j ∇_θ L_j‖)   its part of the stationarity cosine
 
-Within a class each is turned into a rank from 0 (worst) to 1 (best), and
-
-    score_i = (1 − w)·rank(robustness_i) + w·rank(share_i).
-
-Σ share_i is the cosine of θ and −Σλ∇L. A score by the classifier that the samples were optimised
-for can favour what fools it: check with a judge whether the choice helps, and say "best of k".
-
-Shapes: inputs [n, C, H, W], labels [n] or [n, K], λ [n].
+A score by the classifier that the samples were optimised for can favour what fools it: check with a
+judge whether the choice helps, and say "best of k".
 """
 
 from __future__ import annotations
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dsvlib._validation import check_count, check_number
+from dsvlib._validation import check_count, check_number, check_same_length
 from dsvlib.augmentation import AugmentationConfig, augment
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import SampleGradients
@@ -42,6 +36,9 @@ def rank(
 ) -> pd.DataFrame:
     """Rank the samples of each class by what the classifier alone says about them.
 
+    Within a class both numbers become places from 0 (worst) to 1 (best), and the score is
+    (1 − w)·place(robustness) + w·place(share).
+
     Parameters
     ----------
     views
@@ -49,7 +46,7 @@ def rank(
     augmentation
         A; set `fill` to the background's colour for images that have one.
     share_weight
-        w in [0, 1]: 0 ranks by robustness alone, 1 by the share of stationarity alone.
+        w in [0, 1].
     generator
         CPU generator for the views; default: a fresh one with seed 0.
 
@@ -61,22 +58,24 @@ def rank(
     if share_weight > 1:
         raise ValueError(f"share_weight: expected a part from 0 to 1, got {share_weight!r}")
     generator = generator or torch.Generator().manual_seed(0)
-    with evaluation_mode(model):
-        found = SampleGradients(model, samples.inputs, samples.labels)
-        robustness = torch.zeros(len(samples), dtype=torch.float64)
-        with torch.no_grad():
-            for _ in range(views):
-                seen = augment(found.inputs, augmentation, generator=generator)
-                losses, _ = found.conditions.losses(seen, found.labels)
-                robustness -= losses.cpu().double() / views
-        share = _share(found, samples.multipliers.to(found.theta))
+    found = SampleGradients(model, samples.inputs, samples.labels)
+    multipliers = samples.multipliers.to(found.theta)
+    robustness = torch.zeros(len(samples), dtype=torch.float64)
+    with evaluation_mode(model), torch.no_grad():
+        for _ in range(views):
+            seen = augment(found.inputs, augmentation, generator=generator)
+            robustness -= found.classifier.losses(seen, found.labels)[0].cpu().double() / views
+        size = found.theta.norm() * found.weighted_sum(multipliers).norm()
+        share = -multipliers * found.directional(found.theta) / size.clamp(min=1e-30)
     table = pd.DataFrame(
-        {"label": samples.hard_labels.cpu().numpy(), "robustness": robustness.numpy()}
+        {
+            "label": samples.hard_labels.tolist(),
+            "robustness": robustness.tolist(),
+            "share": share.tolist(),
+        }
     )
-    table["share"] = share.cpu().double().numpy()
-    groups = table.groupby("label")
-    parts = [groups[name].transform(_places) for name in ("robustness", "share")]
-    table["score"] = (1 - share_weight) * parts[0] + share_weight * parts[1]
+    places = table.groupby("label")[["robustness", "share"]].transform(_places)
+    table["score"] = places @ [1 - share_weight, share_weight]
     order = table["score"].rank(method="first", ascending=False)
     table["rank"] = order.groupby(table["label"]).rank(method="first").astype(int)
     return table
@@ -88,27 +87,12 @@ def best(samples: SupportSet, ranking: pd.DataFrame, *, per_class: int = 1) -> S
     Multipliers stay as they are: for a stationary set fit them anew with `fit_multipliers`.
     """
     check_count("per_class", per_class)
-    if len(ranking) != len(samples):
-        raise ValueError(
-            f"ranking: expected a row per sample, {len(samples)}, got {len(ranking)}; "
-            f"rank these samples"
-        )
+    check_same_length(samples=len(samples), ranking=len(ranking))
     kept = ranking.reset_index(drop=True)
     kept = kept[kept["rank"] <= per_class].sort_values(["label", "rank"])
     return samples[torch.as_tensor(kept.index.to_numpy().copy())]
 
 
-def _share(found: SampleGradients, multipliers: Tensor) -> Tensor:
-    """Return each sample's part of the cosine of θ and −Σλ∇L, [n]; zeros where the sum vanishes."""
-    along = found.directional(found.theta)
-    norm = found.theta.norm() * found.weighted_sum(multipliers).norm()
-    if not norm > 0:
-        return torch.zeros_like(along)
-    return -multipliers * along / norm
-
-
 def _places(values: pd.Series) -> pd.Series:
     """Return the place of each value from 0 (lowest) to 1 (highest); alone it has 1."""
-    if len(values) == 1:
-        return pd.Series(1.0, index=values.index)
-    return (values.rank(method="average") - 1) / (len(values) - 1)
+    return (values.rank() - 1) / (len(values) - 1) if len(values) > 1 else values * 0.0 + 1.0

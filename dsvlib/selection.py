@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from dsvlib._validation import (
     as_labels,
+    check_count,
     check_finite,
     check_inputs,
-    check_number,
     check_same_length,
 )
 from dsvlib.classifiers.architectures import embed
@@ -238,9 +238,7 @@ def _class_count(samples: SupportSet) -> int:
 
 def _groups(labels: Tensor, per_class: int, classes: int) -> list[Tensor]:
     """Return the sample numbers of each class, in order, at least `per_class` of each."""
-    if isinstance(per_class, bool) or not isinstance(per_class, int):
-        raise TypeError(f"per_class: expected a whole number ≥ 1, got {per_class!r}; pass an int")
-    check_number("per_class", per_class, at_least=1)
+    check_count("per_class", per_class)
     if int(labels.min()) < 0:
         raise ValueError(
             f"labels: expected class numbers ≥ 0, got {int(labels.min())}; number classes from 0"

@@ -4,7 +4,8 @@
     L_kkt(X, Λ)   = α·D(θ, −Σᵢ λᵢ ∇_θ Lᵢ) + β1·L_primal(X)
 
 Gradient steps on X and Λ, λ ≥ 0 kept by clamping or removal, A drawn afresh each step. Each L_kkt
-costs one forward and two backward passes, whatever the number of samples.
+costs one forward and two backward passes, whatever the number of samples. Three parts: `TotalLoss`
+is the equation, `plan` the schedule of resolutions, `_optimise` the algorithm.
 
 Shapes: X [n, C, H, W], Λ [n], labels int64 [n] or float [n, K].
 """
@@ -13,9 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -34,12 +35,20 @@ from dsvlib._validation import (
     check_inputs,
     check_number,
 )
-from dsvlib.augmentation import AugmentationConfig, apply, draw
-from dsvlib.conditions import Conditions, Terms, primal_loss, residuals
-from dsvlib.distance import DISTANCES, Distance, best_scale
+from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
+from dsvlib.conditions import (
+    DISTANCES,
+    Distance,
+    best_scale,
+    distance,
+    image_variation,
+    primal_loss,
+    residuals,
+    squared_norm,
+)
 from dsvlib.frozen import evaluation_mode
-from dsvlib.logits import entropy, is_feasible
-from dsvlib.priors import image_variation, squared_norm
+from dsvlib.gradients import FrozenClassifier, flatten
+from dsvlib.logits import LossFn, entropy, is_feasible
 from dsvlib.solution import Solution, Status
 from dsvlib.support_set import SupportSet
 
@@ -48,10 +57,9 @@ BLACK = -0.957  # (0 − mean) / std of the bundled digits: the colour of their 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisConfig:
-    """Every choice of Algorithm 1; the defaults give good DSVs of the shipped digits classifier.
+    """Every choice of Algorithm 1; the defaults favour no kind of image.
 
-    They were chosen on judges that saw a part of the training images only. Half the resolution
-    and a pull to black suit strokes on a dark ground; start from `photographs()` for other images.
+    `digits()` suits strokes on a dark ground, `photographs()` colour images.
 
     steps, learning_rate, betas, schedule
         Adam steps on X over all resolutions, with a ``"cosine"`` or ``"constant"`` schedule.
@@ -101,24 +109,37 @@ class SynthesisConfig:
     stationarity_weight: float = 1.0
     primal_weight: float = 1.0
     augmented_weight: float = 1.0
-    tv_weight: float = 0.03
-    norm_weight: float = 0.1
-    norm_target: float = BLACK
+    tv_weight: float = 0.1
+    norm_weight: float = 0.0
+    norm_target: float = 0.0
     augmentation: AugmentationConfig = field(
-        default_factory=lambda: AugmentationConfig(translate=0.0625, noise=0.5, fill=BLACK)
+        default_factory=lambda: AugmentationConfig(translate=0.125, noise=0.1)
     )
-    resolutions: tuple[float, ...] = (0.5,)
+    resolutions: tuple[float, ...] = ()
     growing_jitter: bool = False
     tolerance: float = 0.0
     log_every: int = 20
 
     @classmethod
+    def digits(cls, **changes: Any) -> SynthesisConfig:
+        """Return what gives good DSVs of the shipped digits classifier: half size, a pull to black.
+
+        Chosen on judges that saw a part of the training images only.
+        """
+        config = cls(
+            tv_weight=0.03,
+            norm_weight=0.1,
+            norm_target=BLACK,
+            augmentation=AugmentationConfig(translate=0.0625, noise=0.5, fill=BLACK),
+            resolutions=(0.5,),
+        )
+        return dataclasses.replace(config, **changes)
+
+    @classmethod
     def photographs(cls, **changes: Any) -> SynthesisConfig:
-        """Return a start for colour images: half size, then full; no pull to black; mirrored."""
+        """Return a start for colour images: half size, then full; smoother; mirrored."""
         config = cls(
             tv_weight=0.3,
-            norm_weight=0.0,
-            norm_target=0.0,
             augmentation=AugmentationConfig(translate=0.125, flip=0.5, noise=0.1),
             resolutions=(0.5, 1.0),
         )
@@ -178,6 +199,8 @@ def synthesize(
     init: Tensor | None = None,
     bounds: tuple[Tensor, Tensor] | tuple[float, float] | None = None,
     params: Mapping[str, Tensor] | None = None,
+    loss_fn: LossFn | None = None,
+    batch_size: int | None = None,
     generator: torch.Generator | None = None,
     on_step: Callable[[Step], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -200,6 +223,12 @@ def synthesize(
         every step. `Dataset.bounds` fits.
     params
         Parameters in the stationarity sum, a subset of ``dict(model.named_parameters())``.
+    loss_fn
+        ``loss_fn(logits, labels) -> [n]``, one loss per sample without reduction; default:
+        cross-entropy.
+    batch_size
+        Samples that are differentiated at a time; default: all. It bounds memory and changes the
+        result by rounding only, for about half as much time again.
     generator
         CPU generator for the start and the augmentation; default: a fresh one with seed 0.
     on_step
@@ -215,37 +244,42 @@ def synthesize(
     """
     config = config or SynthesisConfig()
     check_count("checkpoint_every", checkpoint_every)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     generator = generator or torch.Generator().manual_seed(0)
     started = generator.get_state()
-    conditions = Conditions(model, params=params)
-    theta = conditions.flat_theta
+    classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
+    theta = classifier.flat_theta
     labels = as_labels(labels).to(theta.device)
     size = tuple(int(side) for side in shape)
     x = _start(init, len(labels), size, generator).to(theta)
-    multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     limits = check_bounds(bounds, size, theta)
-    run = _Run(conditions, config, labels, size, limits, generator, on_step)
+    multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
+    rates = (config.learning_rate, config.multiplier_learning_rate)
+    state = State(_inside(x, limits), multipliers, labels, generator, rates, config.betas)
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(
             checkpoint,
             every=checkpoint_every,
-            model={**model.state_dict(), **{f"θ {k}": v for k, v in conditions.theta.items()}},
-            config=config,
+            model={**model.state_dict(), **{f"θ {k}": v for k, v in classifier.theta.items()}},
+            config=(config, batch_size),
             labels=labels,
             bounds=limits,
             start=(x, started),
         )
+        keeper.read_into(state)
+    loss = TotalLoss(classifier, config, size, batch_size)
     with evaluation_mode(model), torch.enable_grad():
-        status = run.optimise(x, multipliers, keeper)
-        if config.distance == "cosine" and config.stationarity_weight:
-            run.rescale()
-    samples = SupportSet(run.at_full_size(run.x), run.labels, run.multipliers.detach())
+        status = _optimise(loss, state, plan(config, size), limits, on_step, keeper)
+        samples = loss.samples(state)
     solution = Solution(
         samples=samples,
         status=status,
-        history=pd.DataFrame(run.rows),
-        residuals=residuals(model, samples, params=params),
+        history=pd.DataFrame(state.rows),
+        residuals=residuals(
+            model, samples, params=params, loss_fn=loss_fn, batch_size=batch_size or 1000
+        ),
         config=config,
     )
     if keeper is not None:
@@ -267,258 +301,273 @@ def _start(
     return init.detach().clone()
 
 
-class _Run:
-    """State of one run: X and Λ, their optimiser, and the history so far."""
+class Stage(NamedTuple):
+    """A part of the run at one resolution."""
 
-    def __init__(
-        self,
-        conditions: Conditions,
-        config: SynthesisConfig,
-        labels: Tensor,
-        shape: tuple[int, ...],
-        limits: tuple[Tensor, Tensor] | None,
-        generator: torch.Generator,
-        on_step: Callable[[Step], None] | None,
-    ) -> None:
-        self.conditions = conditions
-        self.config = config
-        self.labels = labels
-        self.shape = shape
-        self.limits = limits
-        self.generator = generator
-        self.on_step = on_step
-        self.is_image = len(shape) == 3
-        if not self.is_image:  # the priors and resolutions are about pixels
-            self.config = dataclasses.replace(
-                config, resolutions=(), tv_weight=0.0, norm_weight=0.0
+    size: tuple[int, ...]  # of one sample of X: (C, h, w)
+    steps: int
+    augmentation: AugmentationConfig | None  # None: no augmented term
+
+
+def plan(config: SynthesisConfig, shape: tuple[int, ...]) -> list[Stage]:
+    """Return the stages of a run for samples of `shape`, which share the steps equally."""
+    if len(shape) != 3:  # resolutions and augmentation are about pixels
+        return [Stage(shape, config.steps, None)]
+    fractions = config.resolutions or (1.0,)
+    stages = []
+    for number, fraction in enumerate(fractions):
+        height, width = (max(1, round(fraction * side)) for side in shape[-2:])
+        augmentation = config.augmentation
+        if config.growing_jitter:
+            share = min(1.0, width / max(1.0, max(fractions) * shape[-1]))
+            augmentation = dataclasses.replace(
+                augmentation, translate=share * augmentation.translate
             )
-        self.rows: list[dict[str, float]] = []
-        self.checked = False  # whether the model was seen to have second derivatives
-        self.x = self.multipliers = torch.empty(0)
-        self.last: tuple[Tensor, Tensor, Tensor] | None = None
+        steps = config.steps // len(fractions) + (number < config.steps % len(fractions))
+        used = augmentation if config.augmented_weight else None
+        stages.append(Stage((shape[0], height, width), steps, used))
+    return stages
 
-    def optimise(self, x: Tensor, multipliers: Tensor, keeper: Checkpoint | None) -> Status:
-        """Run all stages; X and Λ are read from `self` afterwards."""
-        self.x, self.multipliers = self._clamped(x), multipliers
-        plan = list(self._plan())
-        saved = keeper.read() if keeper else None
-        done = 0 if saved is None else saved.step
-        optimizer = self._optimizer() if saved is None else self._resume(saved)
-        for number, (size, factor) in enumerate(
-            progress_bar(plan[done:], "synthesis"), start=done + 1
-        ):
-            if size is not None:
-                x = F.interpolate(self.x.detach(), size, mode="bilinear", antialias=True)
-                self.x, self.multipliers = self._clamped(x), self.multipliers.detach()
-                optimizer = self._optimizer()
-            status = self._step(optimizer, number, factor)
-            if status is not None:
-                return status
-            if keeper is not None and number % keeper.every == 0:
-                keeper.write(self._state(optimizer, number))
-        return Status.ALL_STEPS
 
-    def _state(self, optimizer: torch.optim.Adam, number: int) -> State:
-        """Return everything that the rest of the run depends on."""
-        tensors = {"x": self.x, "multipliers": self.multipliers, "labels": self.labels}
-        tensors["generator"] = self.generator.get_state()
-        if self.last is not None:
-            names = ("last x", "last multipliers", "last labels")
-            tensors |= dict(zip(names, self.last, strict=True))
-        for group, value in (("x", self.x), ("multipliers", self.multipliers)):
-            tensors |= {f"adam {group} {k}": v for k, v in optimizer.state[value].items()}
-        return State(number, tensors, self.rows)
+PLAIN, AUGMENTED = "", "augmented_"  # how the names of the terms of X and of A(X) begin
+Measure = Callable[[str, Tensor], Tensor]  # D of one of them: (view, Σ λᵢ ∇_θ Lᵢ) → number
 
-    def _resume(self, saved: State) -> torch.optim.Adam:
-        """Put back what `_state` returned, the generator's state too; return the optimiser."""
 
-        def put(name: str) -> Tensor:
-            return saved.tensors[name].to(self.labels.device)
+@dataclass(frozen=True)
+class TotalLoss:
+    """L_total of one classifier: a pure function of X, Λ, labels and a draw of A."""
 
-        self.x, self.multipliers = put("x"), put("multipliers")
-        self.last = (put("last x"), put("last multipliers"), put("last labels"))
-        self.labels = put("labels")
-        self.rows = saved.rows
-        self.generator.set_state(saved.tensors["generator"])
-        optimizer = self._optimizer()
-        for group, value in (("x", self.x), ("multipliers", self.multipliers)):
-            moments = {k: put(f"adam {group} {k}") for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[value] = {"step": saved.tensors[f"adam {group} step"]} | moments
-        return optimizer
+    classifier: FrozenClassifier
+    config: SynthesisConfig
+    shape: tuple[int, ...]  # of one sample, as the model reads it
+    batch_size: int | None = None
 
-    def _plan(self) -> Iterator[tuple[list[int] | None, float]]:
-        """Yield for each step the size (H, W) to change to, if any, and the rate's factor."""
-        sizes: list[list[int] | None] = [
-            [max(1, round(fraction * side)) for side in self.shape[-2:]]
-            for fraction in self.config.resolutions
+    def terms(
+        self, x: Tensor, weights: Tensor, labels: Tensor, numbers: Draw | None, measure: Measure
+    ) -> dict[str, Tensor]:
+        """Return the terms of L_total by name, unweighted, and what else the history tells.
+
+        `weights` are those of the samples in the sum g = Σ λᵢ ∇_θ Lᵢ; `measure(view, g)` is D.
+        """
+        terms = {}
+        for view, seen in self._views(x, numbers).items():
+            losses, logits = self.classifier.losses(seen, labels)
+            terms[f"{view}stationarity"] = losses.new_zeros(())
+            if self.config.stationarity_weight:  # else no derivative in θ is needed
+                gradient = flatten(self.classifier.gradient(losses, weights))
+                terms[f"{view}stationarity"] = measure(view, gradient)
+            terms[f"{view}primal"] = primal_loss(losses, logits, labels)
+            if view == PLAIN:
+                terms["feasible"] = is_feasible(logits, labels).to(x.dtype).mean()
+                terms["entropy"] = _entropy(logits.detach()).mean()
+                if self.config.tv_weight and x.ndim == 4:
+                    terms["tv"] = image_variation(seen).mean() / seen[0].numel()
+                if self.config.norm_weight and x.ndim == 4:
+                    terms["norm"] = squared_norm(seen, self.config.norm_target).mean()
+        return terms
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return L_total (Eq. 9) from its terms."""
+        config = self.config
+        kkt = {"stationarity": config.stationarity_weight, "primal": config.primal_weight}
+        augmented = {f"{AUGMENTED}{k}": config.augmented_weight * w for k, w in kkt.items()}
+        weights = kkt | augmented | {"tv": config.tv_weight, "norm": config.norm_weight}
+        return torch.stack([w * terms[k] for k, w in weights.items() if k in terms]).sum()
+
+    def differentiate(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None, *, check: bool
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Return the terms with ``"total"``, and the slopes of L_total in X and Λ.
+
+        In batches the result is the same: a first sweep finds g and the slope of D there, a second
+        one has ⟨slope, g_batch⟩ for D(g), whose derivatives in the samples are the same. With
+        `check`, a model that cannot be differentiated is told from one that can.
+        """
+        count = len(x)
+        measure, distances = self._measure(x, multipliers, labels, numbers)
+        terms: dict[str, Tensor] = {}
+        slopes = []
+        for part in self._parts(count):
+            leaves = [value.detach()[part].requires_grad_() for value in (x, multipliers)]
+            weights = self.in_sum(leaves[1], count)
+            drawn = None if numbers is None else numbers.rows(part)
+            own = self.terms(leaves[0], weights, labels[part], drawn, measure)
+            share = len(leaves[0]) / count  # all terms but the sum over samples are means
+            own = {k: v if k.endswith("stationarity") else share * v for k, v in own.items()}
+            slopes.append(self._slopes(own, leaves, check=check))
+            terms = {k: v.detach() + terms.get(k, 0.0) for k, v in own.items()}
+        terms |= distances
+        terms["multiplier_sum"] = self.in_sum(multipliers.detach(), count).sum()
+        terms["active"] = (multipliers > 0).to(x.dtype).mean()
+        return {"total": self.total(terms)} | terms, [
+            torch.cat(p) for p in zip(*slopes, strict=True)
         ]
-        stages = sizes or [None]
-        for stage, size in enumerate(stages):
-            steps = self.config.steps // len(stages) + (stage < self.config.steps % len(stages))
-            for local in range(steps):
-                factor = learning_rate_factor(self.config.schedule, local / steps)
-                yield size if local == 0 else None, factor
 
-    def _augmentation(self) -> AugmentationConfig:
-        """Return A for the size that X has now: shifts grow with it where they are told to."""
-        augmentation = self.config.augmentation
-        if not (self.config.growing_jitter and self.config.resolutions):
-            return augmentation
-        largest = max(self.config.resolutions) * self.shape[-1]
-        share = min(1.0, self.x.shape[-1] / max(1.0, largest))
-        return dataclasses.replace(augmentation, translate=share * augmentation.translate)
-
-    def _optimizer(self) -> torch.optim.Adam:
-        """Return Adam on X and Λ, fresh for each resolution; group 0 is X, group 1 is Λ."""
-        self.x.requires_grad_()
-        self.multipliers.requires_grad_()
-        rates = (self.config.learning_rate, self.config.multiplier_learning_rate)
-        groups = [
-            {"params": [value], "lr": rate, "initial_lr": rate}
-            for value, rate in zip((self.x, self.multipliers), rates, strict=True)
-        ]
-        return torch.optim.Adam(groups, betas=self.config.betas)
-
-    def _step(self, optimizer: torch.optim.Adam, number: int, factor: float) -> Status | None:
-        """Take one step; return a status if the run is over."""
-        total, metrics = self._loss()
-        gradients = self._slopes(total)
-        value = float(total.detach())
-        finite = torch.stack([torch.isfinite(g).all() for g in (total, *gradients)]).all()
-        if not finite:
-            self._restore()
-            return Status.NON_FINITE
-        logged = number % self.config.log_every == 0 or number in (1, self.config.steps)
-        if logged:
-            self.rows.append({"step": number} | {k: float(v.detach()) for k, v in metrics.items()})
-        # the samples that this loss was finite at: where we return to if the step goes wrong
-        self.last = (self.x.detach().clone(), self.multipliers.detach().clone(), self.labels)
-        for group, gradient in zip(optimizer.param_groups, gradients, strict=True):
-            group["lr"] = group["initial_lr"] * factor
-            group["params"][0].grad = gradient
-        optimizer.step()
-        with torch.no_grad():
-            if self.limits is not None:
-                self.x.clamp_(*self.limits)
-            if self.config.negative_multiplier == "clamp":
-                self.multipliers.clamp_(min=self.config.minimum_multiplier)
-            elif not self._remove_negative(optimizer):
-                self._restore()
-                return Status.NO_CANDIDATES
-        if self.on_step is not None:
-            x, multipliers = self.at_full_size(self.x).clone(), self.multipliers.detach().clone()
-            self.on_step(Step(number, x, multipliers, value))
-        return self._converged() if logged else None
-
-    def _slopes(self, total: Tensor) -> tuple[Tensor, ...]:
-        """Return the derivatives of L_total in X and Λ."""
+    def _slopes(
+        self, terms: dict[str, Tensor], leaves: list[Tensor], *, check: bool
+    ) -> list[Tensor]:
+        total = self.total(terms)
         try:
-            if not self.checked:
+            if check:
+                _check_reads(terms["primal"], leaves[0])
                 check_not_severed(total)
-                self.checked = True
-            return torch.autograd.grad(total, [self.x, self.multipliers], materialize_grads=True)
+            return list(torch.autograd.grad(total, leaves, materialize_grads=True))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            x = self.at_full_size(self.x)
-            raise ValueError(explain_failure(self.conditions.model, x, error)) from error
+            inputs = self.full_size(leaves[0].detach())
+            raise ValueError(explain_failure(self.classifier.model, inputs, error)) from error
 
-    def rescale(self) -> None:
-        """Give Λ the scale that fits θ best: the cosine distance leaves it open."""
-        losses, _ = self.conditions.losses(self.at_full_size(self.x), self.labels)
-        parts = self.conditions.gradient(losses, self.multipliers.detach(), differentiable=False)
-        scale = best_scale(self.conditions.flat_theta, torch.cat([p.reshape(-1) for p in parts]))
-        if 0 < scale < float("inf"):
-            self.multipliers = self.multipliers.detach() * scale
+    def _measure(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None
+    ) -> tuple[Measure, dict[str, Tensor]]:
+        """Return D as a function of (view, g), or in batches its linear part, with D's values."""
+        theta, kind = self.classifier.flat_theta, self.config.distance
+        if len(self._parts(len(x))) == 1 or not self.config.stationarity_weight:
+            return lambda _, gradient: distance(theta, gradient, kind), {}
+        values, slopes = {}, {}
+        for view, gradient in self.gradients(x, multipliers, labels, numbers).items():
+            leaf = gradient.requires_grad_()
+            value = distance(theta, leaf, kind)
+            slopes[view] = torch.autograd.grad(value, leaf)[0]
+            values[f"{view}stationarity"] = value.detach()
+        return lambda view, gradient: slopes[view] @ gradient, values
 
-    def _restore(self) -> None:
-        if self.last is not None:
-            self.x, self.multipliers, self.labels = self.last
+    def gradients(
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None = None
+    ) -> dict[str, Tensor]:
+        """Return g = Σ λᵢ ∇_θ Lᵢ of each view, [P], batch by batch, without a graph."""
+        weights = self.in_sum(multipliers.detach(), len(x))
+        sums: dict[str, Tensor] = {}
+        for part in self._parts(len(x)):
+            drawn = None if numbers is None else numbers.rows(part)
+            for view, seen in self._views(x.detach()[part], drawn).items():
+                losses, _ = self.classifier.losses(seen, labels[part])
+                own = self.classifier.gradient(losses, weights[part], differentiable=False)
+                sums[view] = flatten(own) + sums.get(view, 0.0)
+        return sums
 
-    def _loss(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_total and its unweighted terms."""
-        config = self.config
-        x = self.at_full_size(self.x, detach=False)
-        plain = self._terms(x)
-        total = self._kkt(plain)
-        with torch.no_grad():
-            metrics = {
-                "stationarity": plain.stationarity,
-                "primal": plain.primal,
-                "feasible": is_feasible(plain.logits, self.labels).to(total.dtype).mean(),
-                "entropy": entropy(plain.logits).mean(),
-                "multiplier_sum": self.multipliers.sum(),
-                "active": (self.multipliers > 0).to(total.dtype).mean(),
-            }
-        if config.augmented_weight and self.is_image:
-            numbers = draw(
-                self._augmentation(),
-                len(x),
-                (self.shape[0], self.shape[1], self.shape[2]),
-                generator=self.generator,
-                device=x.device,
-                dtype=x.dtype,
-            )
-            augmented = self._terms(apply(x, numbers))
-            total = total + config.augmented_weight * self._kkt(augmented)
-            metrics["augmented_stationarity"] = augmented.stationarity
-            metrics["augmented_primal"] = augmented.primal
-        if config.tv_weight:
-            metrics["tv"] = image_variation(x).mean() / x[0].numel()
-            total = total + config.tv_weight * metrics["tv"]
-        if config.norm_weight:
-            metrics["norm"] = squared_norm(x, config.norm_target).mean()
-            total = total + config.norm_weight * metrics["norm"]
-        return total, {"total": total} | metrics
+    def in_sum(self, multipliers: Tensor, count: int) -> Tensor:
+        """Return the weights of samples in Σ λᵢ ∇_θ Lᵢ: λ, or λ/n where L is averaged."""
+        return multipliers / count if self.config.reduction == "mean" else multipliers
 
-    def _terms(self, x: Tensor) -> Terms:
-        weights = self.multipliers
-        if self.config.reduction == "mean":
-            weights = weights / len(weights)
-        if self.config.stationarity_weight:
-            return self.conditions.terms(x, self.labels, weights, self.config.distance)
-        # no parameter gradient is needed then, nor its derivative
-        losses, logits = self.conditions.losses(x, self.labels)
-        return Terms(losses.new_zeros(()), primal_loss(losses, logits, self.labels), logits)
-
-    def _kkt(self, terms: Terms) -> Tensor:
-        config = self.config
-        return config.stationarity_weight * terms.stationarity + config.primal_weight * terms.primal
-
-    def at_full_size(self, x: Tensor, *, detach: bool = True) -> Tensor:
+    def full_size(self, x: Tensor) -> Tensor:
         """Return X at the size that the model reads."""
-        x = x.detach() if detach else x
-        if not self.is_image or x.shape[-2:] == self.shape[-2:]:
+        if x.shape[1:] == self.shape:
             return x
         return F.interpolate(x, size=self.shape[-2:], mode="bilinear")
 
-    def _clamped(self, x: Tensor) -> Tensor:
-        """Return a copy of `x` inside the limits."""
-        return x.detach().clone() if self.limits is None else x.detach().clamp(*self.limits)
+    def seen(self, state: State, total: Tensor) -> Step:
+        """Return what `on_step` gets."""
+        weights = self.in_sum(state.multipliers.detach(), len(state.x))
+        return Step(
+            state.step, self.full_size(state.x.detach()).clone(), weights.clone(), float(total)
+        )
 
-    def _remove_negative(self, optimizer: torch.optim.Adam) -> bool:
-        """Drop samples with λ < 0 and their part of Adam's state; return False if none is left."""
-        keep = self.multipliers.detach() >= 0
-        if bool(keep.all()):
-            return True
-        if not bool(keep.any()):
-            return False
-        kept = []
-        for group, value in zip(optimizer.param_groups, (self.x, self.multipliers), strict=True):
-            state = optimizer.state.pop(value)
-            new = value.detach()[keep].requires_grad_()
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = state[name][keep]
-            optimizer.state[new] = state
-            group["params"] = [new]
-            kept.append(new)
-        self.x, self.multipliers = kept
-        self.labels = self.labels[keep]
-        return True
+    def samples(self, state: State) -> SupportSet:
+        """Return X and Λ, under the cosine with the scale that fits θ best: D is blind to it."""
+        x, multipliers = self.full_size(state.x.detach()), state.multipliers.detach()
+        weights = self.in_sum(multipliers, len(x))
+        if self.config.distance == "cosine" and self.config.stationarity_weight:
+            gradient = self.gradients(x, multipliers, state.labels)[PLAIN]
+            scale = best_scale(self.classifier.flat_theta, gradient)
+            if 0 < scale < float("inf"):
+                weights = weights * scale
+        return SupportSet(x, state.labels, weights)
 
-    def _converged(self) -> Status | None:
-        if len(self.rows) < 2 or not self.config.tolerance:
-            return None
-        before, now = self.rows[-2]["total"], self.rows[-1]["total"]
-        change = abs(now - before) / max(abs(before), 1e-12)
-        return Status.CONVERGED if change < self.config.tolerance else None
+    def _views(self, x: Tensor, numbers: Draw | None) -> dict[str, Tensor]:
+        """Return X and, where A was drawn, A(X), at full size, by what their terms begin with."""
+        x = self.full_size(x)
+        return {PLAIN: x} if numbers is None else {PLAIN: x, AUGMENTED: apply(x, numbers)}
+
+    def _parts(self, count: int) -> list[slice]:
+        size = self.batch_size or count
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _check_reads(loss: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless a loss of the logits depends on X, as far as PyTorch recorded it."""
+    (slope,) = torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)
+    if slope is None:
+        raise ValueError(
+            "model: expected logits with a derivative in the inputs, got some that do not depend "
+            "on them; leave torch.no_grad, detach and NumPy out of the model's forward"
+        )
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of each sample, [n]; one logit is the score of class 1 against 0."""
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return entropy(logits)
+
+
+def _optimise(
+    loss: TotalLoss,
+    state: State,
+    stages: Sequence[Stage],
+    limits: tuple[Tensor, Tensor] | None,
+    on_step: Callable[[Step], None] | None,
+    keeper: Checkpoint | None,
+) -> Status:
+    """Run Algorithm 1 from `state` through the stages that are left; say how it ended."""
+    config, status = loss.config, Status.ALL_STEPS
+    for index in range(state.stage, len(stages)):
+        stage, status = stages[index], Status.ALL_STEPS
+        if index > state.stage or not state.step:
+            state.enter(index, _inside(_resized(state.x, stage.size), limits))
+        for local in progress_bar(range(state.local, stage.steps), "synthesis"):
+            numbers = _draw(stage, loss.shape, state)
+            terms, slopes = loss.differentiate(
+                state.x, state.multipliers, state.labels, numbers, check=not state.step
+            )
+            if not _finite(terms["total"], *slopes):
+                state.go_back()
+                return Status.NON_FINITE
+            last = index == len(stages) - 1 and local == stage.steps - 1
+            logged = state.log(terms, every=config.log_every, last=last)
+            state.move(slopes, learning_rate_factor(config.schedule, local / stage.steps))
+            with torch.no_grad():
+                state.x.copy_(_inside(state.x, limits))
+                if config.negative_multiplier == "clamp":
+                    state.multipliers.clamp_(min=config.minimum_multiplier)
+                elif not state.drop_negative():
+                    state.go_back()
+                    return Status.NO_CANDIDATES
+            if on_step is not None:
+                on_step(loss.seen(state, terms["total"]))
+            if logged and state.settled(config.tolerance):
+                status = Status.CONVERGED
+                break
+            if keeper is not None and state.step % keeper.every == 0:
+                keeper.write(state)
+    return status
+
+
+def _draw(stage: Stage, shape: tuple[int, ...], state: State) -> Draw | None:
+    """Draw A afresh for every sample of X at full size; None where the stage has no A."""
+    if stage.augmentation is None:
+        return None
+    return draw(
+        stage.augmentation,
+        len(state.x),
+        (shape[0], shape[1], shape[2]),
+        generator=state.generator,
+        device=state.x.device,
+        dtype=state.x.dtype,
+    )
+
+
+def _finite(*values: Tensor) -> bool:
+    return bool(torch.stack([torch.isfinite(value).all() for value in values]).all())
+
+
+def _inside(x: Tensor, limits: tuple[Tensor, Tensor] | None) -> Tensor:
+    return x if limits is None else x.clamp(*limits)
+
+
+def _resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return X with samples of `size`, low-pass filtered where it shrinks."""
+    if x.shape[1:] == size:
+        return x
+    return F.interpolate(x.detach(), size[-2:], mode="bilinear", antialias=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dsvlib import SupportSet, load_dataset
-from dsvlib.conditions import Conditions
 from dsvlib.frozen import evaluation_mode
+from dsvlib.gradients import FrozenClassifier
 from dsvlib.logits import LossFn
 
 torch.set_num_threads(1)  # the networks are tiny: a second thread only adds noise
@@ -112,14 +112,14 @@ def sample_gradients(
     loss_fn: LossFn | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return θ [P] and G [n, P] as NumPy arrays, one backward pass per sample."""
-    conditions = Conditions(model, params=params, loss_fn=loss_fn)
+    classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     rows = []
     with evaluation_mode(model):
         for i in range(len(samples)):
-            losses, _ = conditions.losses(samples.inputs[i : i + 1], samples.labels[i : i + 1])
-            parts = conditions.gradient(losses, torch.ones_like(losses), differentiable=False)
+            losses, _ = classifier.losses(samples.inputs[i : i + 1], samples.labels[i : i + 1])
+            parts = classifier.gradient(losses, torch.ones_like(losses), differentiable=False)
             rows.append(torch.cat([part.reshape(-1) for part in parts]))
-    return conditions.flat_theta.numpy(), torch.stack(rows).numpy()
+    return classifier.flat_theta.numpy(), torch.stack(rows).numpy()
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dsvlib import SupportSet, _files, build_model, load_classifier, save_classifier
+from dsvlib import SupportSet, build_model, load_classifier, save_classifier
 
 SHAPE = (1, 16, 16)
 ARCHITECTURES = {
@@ -74,7 +74,6 @@ def test_loading_leaves_global_randomness_alone(tmp_path):
 def test_shipped_name_is_looked_up(tmp_path, monkeypatch):
     for module in ("classifiers.files", "_files"):
         monkeypatch.setattr(f"dsvlib.{module}.checkpoints_folder", lambda: tmp_path)
-    monkeypatch.setattr("dsvlib._files.opened_checkpoints", set())
     monkeypatch.chdir(tmp_path.parent)
     model = small()
     save_classifier(tmp_path / "toys-convnet.safetensors", model)
@@ -82,7 +81,10 @@ def test_shipped_name_is_looked_up(tmp_path, monkeypatch):
     assert torch.equal(loaded.classifier.weight, model.classifier.weight)
     with pytest.raises(FileNotFoundError, match=r"\['toys-convnet'\], got 'toys-resnet'"):
         load_classifier("toys-resnet")
-    assert _files.opened_checkpoints == {"toys-convnet"}, "what was read, and nothing else"
+    with pytest.raises(FileNotFoundError):
+        load_classifier("only-there")
+    save_classifier(tmp_path / "root" / "only-there.safetensors", model)
+    assert load_classifier("only-there", root=tmp_path / "root")[1]["shape"] == SHAPE
 
 
 def test_missing_file(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import dsvlib
-from companion import cli, notebooks, recipes, workflow
+from dsvlib import cli
 from dsvlib._files import PACKAGE
 
 
@@ -31,47 +31,35 @@ def stderr_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def test_help_names_every_command_without_heavy_imports() -> None:
+def test_bare_command_and_version_without_heavy_imports() -> None:
     code = (
-        "import sys; sys.modules['fcntl'] = None\n"  # as on Windows, where all but runs should work
-        "import companion.cli, companion.notebooks\n"
-        "try: companion.cli.main(['--help'])\n"
-        "except SystemExit as end: assert end.code == 0\n"
+        "import sys, dsvlib.cli\n"
+        "for words in ([], ['--version'], ['--help']):\n"
+        "    try: dsvlib.cli.main(words)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
         "print({'torch', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines()[-1] == "set()"
-    commands = ("reproduce", "claims", "notebooks", "train", "synthesize", "doctor", "data", "site")
-    for command in commands:
-        assert command in result.stdout
+    assert f"\ndsvlib {dsvlib.__version__}\n" in result.stdout
+    shown, _, again = result.stdout.partition(f"dsvlib {dsvlib.__version__}\n")
+    assert shown.strip() == again.removesuffix("set()\n").strip(), "a bare dsv shows its help"
+    for command in ("synthesize", "data", "reproduce"):
+        assert command in shown
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["reproduce", "--prest", "quick"], "--prest"),
-        (["reproduce", "--preset", "quik"], "did you mean 'quick'"),
-        (["reproduce", "--jobs", "two"], "--jobs"),
-        (["reproduce", "--only", "77"], "unknown notebook '77'"),
-        (["notebooks", "run", "77"], "unknown notebook '77'"),
-        (["notebooks", "run", "04", "--threads", "0"], "--threads"),
-        (["claims", "--scale", "quik"], "did you mean 'quick'"),
-        (["doctor", "--preset", "quik"], "did you mean 'quick'"),
-        (["doctor", "--data-root", "no/such/folder"], "--data-root: expected a folder"),
         (["nonsense"], "nonsense"),
-        (["site", "--preset", "quik"], "did you mean 'quick'"),
         (["synthesize", "--out", "x"], "--classifier or --architecture"),
         (["synthesize", "--out", "x", "--architecture", "mynet:build"], "--weights FILE with it"),
         (
             ["synthesize", "--out", "x", "--classifier", "digits-convnet", "--mean", "grey"],
             "--mean: expected numbers",
         ),
-        (["train"], "NAME of a shipped classifier or --all"),
-        (["train", "digits-judge", "--all"], "one of the two"),
-        (["train", "digts-convnet"], "unknown classifier 'digts-convnet'; did you mean 'digits-"),
-        (["train", "--all", "--root", "no/such/folder"], "--root: expected a folder"),
     ],
 )
 def test_wrong_request_is_status_two_and_one_line(
@@ -81,75 +69,32 @@ def test_wrong_request_is_status_two_and_one_line(
     assert message in stderr_line(capsys)
 
 
-def test_failed_notebook_is_status_one(
+def test_commands_of_the_companion_say_what_they_lack(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {}
+    monkeypatch.setattr(cli, "checkout", lambda: None)
+    for words in (["reproduce", "--preset", "smoke"], ["train", "--help"], ["notebooks", "check"]):
+        assert run(*words) == 2
+        line = stderr_line(capsys)
+        assert line.startswith(f"dsv: {words[0]}: a command of the companion needs a checkout; ")
+        assert "clone the repository" in line
+    monkeypatch.undo()
+    monkeypatch.setattr(cli, "entry_points", lambda group: [])
+    assert run("reproduce") == 2
+    assert 'pip install -e ".[companion]"' in stderr_line(capsys)
 
-    def failing(preset: str, **options: object) -> bool:
-        given.update(options, preset=preset)
-        return False
 
-    monkeypatch.setattr(workflow, "reproduce", failing)
-    assert run("reproduce", "--only", "03", "--only", "05", "--jobs", "2", "--force") == 1
-    assert "failed" in stderr_line(capsys)
-    assert given["only"] == ["03", "05"]
-    assert (given["preset"], given["jobs"], given["force"]) == ("quick", 2, True)
-
-
-def test_interrupt_is_status_130(
+def test_a_package_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object, **__: object) -> bool:
-        raise KeyboardInterrupt
+    def register(app: Any) -> None:
+        @app.command()
+        def draw() -> None:
+            raise ModuleNotFoundError("No module named 'seaborn'")
 
-    monkeypatch.setattr(workflow, "reproduce", interrupted)
-    assert run("reproduce") == 130
-    assert "interrupted" in stderr_line(capsys)
-
-
-def test_debug_gives_the_traceback_anywhere_in_the_line() -> None:
-    with pytest.raises(RuntimeError, match="unknown preset"):
-        cli.main(["reproduce", "--preset", "quik", "--debug"])
-
-
-def test_notebook_problems_are_listed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(notebooks, "check_notebooks", lambda: ["01_x: a problem"])
-    assert run("notebooks", "check") == 1
-    assert capsys.readouterr().out == "01_x: a problem\n"
-    monkeypatch.setattr(notebooks, "check_notebooks", list)
-    assert run("notebooks", "check") == 0
-
-
-def test_train_prints_one_line_per_classifier(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = []
-
-    def trained(name: str, *, root: str | None) -> dict[str, float]:
-        asked.append((name, root))
-        numbers = {"train_accuracy": 1.0, "test_accuracy": 0.98765}
-        return numbers | {"stationarity": 0.01234, "cosine": 0.99987}
-
-    monkeypatch.setattr(recipes, "train_shipped", trained)
-    assert run("train", "digits-judge", "--root", str(tmp_path)) == 0
-    line = capsys.readouterr().out
-    expected = r"train 1.0000 · test 0.9877 · stationarity 0.0123 · cosine 0.9999 · "
-    expected += r"data/checkpoints/digits-judge.safetensors · 0.0 s\n"
-    assert re.fullmatch(rf"digits-judge +{expected}", line)
-    assert run("train", "--all") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(recipes.RECIPES)
-    bundled = [name for name, recipe in recipes.RECIPES.items() if recipe.dataset == "digits"]
-    assert asked == [("digits-judge", str(tmp_path)), *((name, None) for name in bundled)]
-    others = [line for line in lines if line.split()[0] not in bundled]
-    assert others
-    assert all("left as it is" in line and "--root" in line for line in others)
-    asked.clear()
-    assert run("train", "--all", "--root", str(tmp_path)) == 0
-    assert asked == [(name, str(tmp_path)) for name in recipes.RECIPES]
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["draw"], register)
+    assert "'seaborn'; pip install \"dsvlib[companion]\"" in stderr_line(capsys)
 
 
 @pytest.fixture
@@ -235,12 +180,10 @@ def test_synthesis_that_fails_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from companion import figures
-
     def full(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(figures, "write_figure", full)
+    monkeypatch.setattr(cli, "_draw", full)
     out = tmp_path / "made"
     words = ["synthesize", "--classifier", str(classifier), "--out", str(out), "--steps", "2"]
     assert run(*words) == 1
@@ -252,21 +195,19 @@ def test_synthesis_that_fails_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
 
 
-def test_doctor_says_what_is_missing_and_what_it_costs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run("doctor", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
-    printed = capsys.readouterr().out
-    assert torch.__version__ in printed
-    for word in ("python", "device", "threads", "memory", "disk"):
-        assert re.search(rf"^{word} +\S", printed, re.MULTILINE), word
-    missing = f"data cifar10-jpeg missing: copy train/<class>/* and test/<class>/* to {tmp_path}"
-    assert missing in printed
-    assert re.search(r"^04_coresets +(up to date|.* (min|s) on \d cores?)", printed, re.MULTILINE)
-    assert re.search(r"^together, .* for \d+ runs", printed, re.MULTILINE)
-    (tmp_path / "cifar10-jpeg" / "train").mkdir(parents=True)
-    assert run("doctor", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
-    assert "data cifar10-jpeg present" in capsys.readouterr().out
+def test_the_picture_shows_every_image_with_its_name(tmp_path: Path) -> None:
+    images = torch.linspace(0, 1, 12)[:, None, None, None].expand(12, 1, 16, 16)
+    names = ["plain", "$x_$", "猫", "a name that is far too long for one picture", *"cdefghij"]
+    cli._draw(tmp_path / "page.png", images, names)
+    page = Image.open(tmp_path / "page.png")
+    assert page.size == (10 * 100, 2 * 116)
+    for index in range(12):
+        x, y = index % 10 * 100, index // 10 * 116
+        grey = round(index / 11 * 255)
+        assert abs(page.getpixel((x + 50, y + 50))[0] - grey) <= 1
+        below = page.crop((x, y + 99, x + 100, y + 115)).convert("L")
+        assert below.getextrema()[0] < 128, "a name stands below"
+        assert below.crop((97, 0, 100, 16)).getextrema()[0] == 255, "and within its column"
 
 
 def test_data_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from pathlib import Path
 
@@ -218,8 +219,120 @@ def test_folder_whose_parts_differ_in_size(folder):
 
 
 def test_folder_with_a_file_that_is_no_image(folder):
-    (folder / "train" / "cat" / "notes.txt").write_text("not an image")
-    with pytest.raises(ValueError, match=r"notes\.txt: expected an image"):
+    (folder / "train" / "cat" / "notes.dat").write_text("not an image")
+    with pytest.raises(ValueError, match=r"notes\.dat: expected an image"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_what_systems_and_people_leave_beside_images_is_left_out(folder):
+    plain = load_dataset(f"folder:{folder}").digest
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt", "labels.CSV", "._0.png"):
+        (folder / "train" / "cat" / name).write_text("no image")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "test" / "__MACOSX").mkdir()
+    (folder / "train" / "README.md").write_text("no class")
+    assert load_dataset(f"folder:{folder}").digest == plain
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_the_test_part_may_be_called_otherwise(folder, name):
+    plain = load_dataset(f"folder:{folder}").digest
+    (folder / "test").rename(folder / name)
+    assert load_dataset(f"folder:{folder}").digest == plain
+    for file in (folder / name).rglob("*.png"):
+        write_image(folder / "test" / file.relative_to(folder / name), (3, 2, 1))
+    assert load_dataset(f"folder:{folder}").digest != plain, "test goes before it"
+
+
+def test_pixels_of_every_depth_keep_their_values(tmp_path):
+    """One ramp as 8 and 16 bits and as float: all that the file holds is in the pixels."""
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    for part in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            folder = tmp_path / part / name
+            Image.fromarray((ramp * 255).round().astype(np.uint8)).save(folder / "0.png")
+            Image.fromarray((ramp * 65535).round().astype(np.uint16)).save(folder / "1.png")
+            Image.fromarray((ramp * 65535).round().astype(np.uint16)).save(folder / "2.tiff")
+            Image.fromarray(ramp.astype(np.float32)).save(folder / "3.tiff")
+    data = load_dataset(f"folder:{tmp_path}")
+    assert data.shape == (1, 8, 8), "grey stays one channel where all images are"
+    expected = torch.from_numpy(ramp).float()
+    for image, step in zip(
+        data.denormalize(data.train.inputs[:4]), (255, 65535, 65535, 1e7), strict=True
+    ):
+        assert_close(image[0], expected, rtol=0, atol=0.5 / step + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((4, 4), 200, np.float32), r"float pixels in \[0, 1\], got 200 to 200; divide"),
+        (np.full((4, 4), np.nan, np.float32), r"float pixels in \[0, 1\]"),
+        (np.full((4, 4), 70_000, np.int32), "expected 8 or 16 bits for a pixel, got 32"),
+    ],
+)
+def test_pixels_without_a_known_range_are_refused(pixels, message, folder):
+    Image.fromarray(pixels).save(folder / "train" / "cat" / "odd.tiff")
+    with pytest.raises(ValueError, match=rf"odd\.tiff: .*{message}"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_mixed_sizes_are_resized_where_a_size_is_given(folder):
+    write_image(folder / "train" / "dog" / "big.png", (0, 0, 100), side=9)
+    with pytest.raises(ValueError, match="image_size="):
+        load_dataset(f"folder:{folder}")
+    data = load_dataset(f"folder:{folder}", image_size=6)
+    assert data.shape == (3, 6, 6)
+    images = data.denormalize(data.train.inputs)
+    assert_close(images[-1, :, 0, 0], torch.tensor([0, 0, 100]) / 255, rtol=0, atol=1e-5)
+
+
+def test_orientation_is_that_of_the_camera(folder):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0] = 255  # the first row is white: turned by 90° clockwise, the last column
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(folder / "train" / "cat" / "0.png", exif=exif)
+    data = load_dataset(f"folder:{folder}")
+    expected = torch.zeros(4, 4)
+    expected[:, -1] = 1
+    assert_close(data.denormalize(data.train.inputs[:1])[0, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_read_is_named(folder, monkeypatch):
+    cat = folder / "train" / "cat"
+    whole = (cat / "0.png").read_bytes()
+    Image.new("RGB", (300, 300), (1, 2, 3)).save(cat / "big.jpg")
+    for name, content in {
+        "cut.png": whole[:-20],
+        "cut.jpg": (cat / "big.jpg").read_bytes()[:500],
+        "empty.png": b"",
+        "page.png": b"<html>404</html>",
+    }.items():
+        (cat / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}: expected an image"):
+            load_dataset(f"folder:{folder}", image_size=4)
+        (cat / name).unlink()
+    os.mkfifo(cat / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe\.png: expected an image, got something else"):
+        load_dataset(f"folder:{folder}", image_size=4)
+    (cat / "pipe.png").unlink()
+    (cat / "more").mkdir()
+    with pytest.raises(ValueError, match="more: expected an image, got a folder"):
+        load_dataset(f"folder:{folder}", image_size=4)
+    (cat / "more").rmdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(ValueError, match=r"big\.jpg: expected an image, got: .*bomb"):
+        load_dataset(f"folder:{folder}", image_size=4)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_empty_class_is_named(folder, part):
+    for file in (folder / part / "dog").iterdir():
+        file.unlink()
+    (folder / part / "dog" / ".DS_Store").write_text("")
+    with pytest.raises(ValueError, match=rf"{part}/dog: expected at least one image, got none"):
         load_dataset(f"folder:{folder}")
 
 

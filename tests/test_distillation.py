@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsvlib import distillation
 from dsvlib.augmentation import DSA
 from dsvlib.classifiers.architectures import build_model
 from dsvlib.conditions import deepkkt_loss
@@ -18,8 +17,10 @@ from dsvlib.data.datasets import Split
 from dsvlib.distillation import (
     DistributionMatchingConfig,
     GradientMatchingConfig,
+    _matching,
     feature_distance,
     gradient_distance,
+    gradient_matching,
     match_distributions,
     match_gradients,
     seen_images,
@@ -98,7 +99,7 @@ def linear(name: str, *, num_classes: int, shape: tuple[int, int, int], **_: Any
 
 
 def test_dm_with_pixels_as_features_finds_the_class_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "build_model", linear)
+    monkeypatch.setattr(_matching, "build_model", linear)
     split = make_split()
     means = torch.stack([split.inputs[split.labels == c].mean(0) for c in range(CLASSES)])
     solution = dm(split, steps=60, learning_rate=0.2, augmentation=None)
@@ -122,8 +123,8 @@ def test_looped_and_batched_gradients_agree_with_backward() -> None:
     network = make_classifier("instance").double()
     images = torch.randn(CLASSES, 4, *SHAPE, generator=seeded()).double()
     expected = class_gradients(network, images)
-    torch.testing.assert_close(distillation._real_gradients(network, images), expected)
-    torch.testing.assert_close(distillation._gradients(network, images), expected)
+    torch.testing.assert_close(gradient_matching._real_gradients(network, images), expected)
+    torch.testing.assert_close(gradient_matching._gradients(network, images), expected)
 
 
 def test_gradient_distance_is_zero_at_equality_and_blind_to_the_scale_of_a_row() -> None:
@@ -166,7 +167,7 @@ def test_classes_have_draws_of_their_own() -> None:
     config = GradientMatchingConfig(
         init="real", augmentation=dataclasses.replace(NO_FLIP, one_of=False)
     )
-    run = distillation._Run(split, 1, config, None, seeded())
+    run = _matching.Matching(split, 1, config, None, seeded())
     real, synthetic = run.batches()
     torch.testing.assert_close(real[:, :1], synthetic)  # shared by real and synthetic ones
     assert not torch.allclose(real[0], real[1])

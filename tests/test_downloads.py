@@ -1,45 +1,44 @@
-"""Downloads from a server on this machine: resumed where they broke off, never half taken."""
+"""Downloads from a server on this machine: checked, never half taken."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from companion import cli
+from dsvlib import cli
 from dsvlib._errors import DsvError, RequestError
 from dsvlib.data import downloads
-from dsvlib.data.downloads import Archive, data_sets, fetch, folder_digest, state, verify
+from dsvlib.data.downloads import Archive, fetch, folder_digest, state, verify
 
 CONTENT = bytes(range(256)) * 2000
 MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT; `breaks_after` bytes the line goes dead, `ranges` says if it knows Range."""
+    """Serves CONTENT; after `breaks_after` bytes the line goes dead."""
 
     breaks_after: int | None = None
-    ranges = True
     content = CONTENT
-    asked: list[str | None]
+    asked = 0
 
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.server.asked.append(wanted)
-        begin = int(wanted[6:-1]) if wanted and self.server.ranges else 0
-        body = self.server.content[begin:]
-        self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.server.asked += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.content)))
         self.end_headers()
-        self.wfile.write(body[: self.server.breaks_after])
+        with suppress(OSError):  # torchvision looks for redirections and hangs up
+            self.wfile.write(self.server.content[: self.server.breaks_after])
 
     def log_message(self, *_: object) -> None:
         pass
@@ -48,7 +47,6 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Handler)
-    server.asked = []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -61,30 +59,28 @@ def archive(server: Server) -> Archive:
     return Archive("sub/file.bin", (f"http://127.0.0.1:{server.server_port}/file.bin",), MD5)
 
 
-def test_broken_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+def test_broken_download_leaves_nothing_and_is_brought_whole_later(
+    server: Server, tmp_path: Path
+) -> None:
     file, said = archive(server), []
     server.breaks_after = 100_000
-    with pytest.raises(DsvError, match="what came so far is kept; run it again"):
+    with pytest.raises(DsvError, match=r"no download .*; run it again"):
         fetch([file], tmp_path, echo=said.append)
-    assert state(file, tmp_path) == "broken off"
-    assert not (tmp_path / file.path).exists()
+    assert state(file, tmp_path) == "missing"
+    assert list((tmp_path / "sub").iterdir()) == []
     server.breaks_after = None
     fetch([file], tmp_path, echo=said.append)
-    assert server.asked == [None, "bytes=100000-"]
     assert (tmp_path / file.path).read_bytes() == CONTENT
     assert state(file, tmp_path) == "whole"
+    asked = server.asked
     fetch([file], tmp_path, echo=said.append)
     assert said[-1] == "sub/file.bin · already whole"
-    assert len(server.asked) == 2
+    assert server.asked == asked
 
 
-def test_server_without_ranges_starts_anew(server: Server, tmp_path: Path) -> None:
+def test_the_second_address_is_asked_where_the_first_fails(server: Server, tmp_path: Path) -> None:
     file = archive(server)
-    part = tmp_path / "sub" / "file.bin.part"
-    part.parent.mkdir()
-    part.write_bytes(CONTENT[:500])
-    server.ranges = False
-    fetch([file], tmp_path, echo=lambda _: None)
+    fetch([replace(file, urls=("http://127.0.0.1:9/file.bin", *file.urls))], tmp_path)
     assert (tmp_path / file.path).read_bytes() == CONTENT
 
 
@@ -107,13 +103,13 @@ def test_offline_says_where_to_put_the_file(tmp_path: Path) -> None:
         fetch([file], tmp_path, echo=lambda _: None)
 
 
-def test_full_disk_is_one_sentence_and_keeps_the_part(
+def test_full_disk_is_one_sentence(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(downloads, "_download", full)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", full)
     with pytest.raises(DsvError, match="No space left on device; free space"):
         fetch([archive(server)], tmp_path, echo=lambda _: None)
 
@@ -165,10 +161,3 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", "digits", *root) == 0
     assert run("list", *root) == 0
     assert "cifar10        damaged; dsv data fetch cifar10" in capsys.readouterr().out
-
-
-def test_data_sets_are_found_inside_of_lists_too() -> None:
-    more = [["imagenette-64", "imagenette-64-convnet", ""], ["cifar100", "", ""]]
-    own = {"preset": "cifar10", "dataset": "digits", "steps": 4, "own": "folder:pets"}
-    found = data_sets(own | {"more": more})
-    assert sorted(found) == ["cifar100", "digits", "folder:pets", "imagenette-64"]

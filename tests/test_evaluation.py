@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsvlib import EvaluationConfig, SupportSet, TrainConfig, evaluate
+from dsvlib import EvaluationConfig, SupportSet, TrainConfig, evaluate, evaluation, train
 from dsvlib.augmentation import DSA
 from dsvlib.data.datasets import Split
 
@@ -89,6 +89,25 @@ def test_seeds_give_different_networks(real, test_part):
     assert len(weights) == 3
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], weights[1])
+
+
+def test_weights_and_batches_come_from_separate_streams(real, test_part, monkeypatch):
+    first, batches = [], []
+
+    def build() -> nn.Module:
+        first.append(torch.rand(5))
+        return network()
+
+    def watched(model, split, *, config, generator):
+        batches.append(torch.rand(5, generator=generator))
+        return train(model, split, config=config, generator=generator)
+
+    monkeypatch.setattr(evaluation, "train", watched)
+    evaluate(real[:20], test_part[:20], build_model=build, config=SHORT, seeds=[3, 4, 3, -1])
+    assert torch.equal(batches[0], batches[2])
+    assert not torch.equal(batches[0], batches[1])
+    for drawn in first:
+        assert all(not torch.equal(drawn, other) for other in batches)
 
 
 def test_shuffled_labels_teach_nothing(real, test_part):

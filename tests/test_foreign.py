@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,7 +204,8 @@ def test_reading_images_of_another_size_and_normalisation() -> None:
 
 
 def test_labels_by_name() -> None:
-    found = Classifier(net(), **(OWN | {"classes": ["tabby cat", "crane", "crane"]}))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    found = Classifier(network, **(OWN | {"classes": ["tabby cat", "crane", "crane"]}))
     assert found.labels(["tabby cat", " 1", 2]).tolist() == [0, 1, 2]
     for wanted, message in (
         ("taby cat", "got 'taby cat'; did you mean 'tabby cat'"),
@@ -211,3 +215,218 @@ def test_labels_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             found.labels([wanted])
+
+
+# --- nothing about a classifier is believed ------------------------------------------------------
+
+
+def test_a_string_that_names_a_class_means_it() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+    found = Classifier(network, **(OWN | {"classes": ("1", "2", "3", "10")}))
+    assert found.labels(["1", "10", " 2", 1, "0"]).tolist() == [0, 3, 1, 1, 0]
+    with pytest.raises(TypeError, match=r"got the string '10'; write \['10'\]"):
+        found.labels("10")
+    years = Classifier(network, **(OWN | {"classes": ("2", "3", "0", "1")}))
+    assert years.labels(["0", "1", "2", "3"]).tolist() == [2, 3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        {1: "dog", 0: "cat"},
+        {"0": "cat", "1": "dog"},
+        {"dog": 1, "cat": 0},
+        iter(["cat", "dog"]),
+    ],
+)
+def test_classes_of_a_dict_are_read_by_number(classes: Any) -> None:
+    assert Classifier(net(), **(OWN | {"classes": classes})).classes == ("cat", "dog")
+
+
+def test_names_that_are_numbers_are_not_mistaken_for_places() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    found = Classifier(network, **(OWN | {"classes": {"0": 2, "1": 0, "2": 1}}))
+    assert found.classes == ("1", "2", "0")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"classes": "cat"}, TypeError, "list of names in the order of the logits, got str 'cat'"),
+        ({"classes": {"cat", "dog"}}, TypeError, "got set"),
+        ({"classes": None}, TypeError, "got NoneType"),
+        ({"classes": {1: "cat", 2: "dog"}}, ValueError, "from 0 to 1, got none for '0'"),
+        ({"classes": ["cat"]}, ValueError, "classes 1, logits 2"),
+        ({"classes": ["cat", "dog", "bird"]}, ValueError, "classes 3, logits 2"),
+        ({"mean": [123.7]}, ValueError, r"pixels in \[0, 1\].*divide by 255"),
+        ({"std": [58.4]}, ValueError, "divide by 255"),
+        ({"mean": [float("nan")]}, ValueError, r"pixels in \[0, 1\]"),
+        ({"std": [float("nan")]}, ValueError, "std > 0"),
+        ({"mean": 0.5}, TypeError, "mean: expected a list of numbers, got float 0.5"),
+        ({"std": "1"}, TypeError, "std: expected a list of numbers, got str '1'"),
+        ({"shape": (1, 5, 5)}, ValueError, r"reads inputs of shape \[2, 1, 5, 5\], got Runtime"),
+    ],
+)
+def test_descriptions_are_held_against_the_network(
+    change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Classifier(net(), **(OWN | change))
+
+
+def test_one_logit_tells_two_classes_apart() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 1))
+    assert Classifier(network, **OWN).classes == ("cat", "dog")
+    with pytest.raises(ValueError, match="classes 3, logits 1"):
+        Classifier(network, **(OWN | {"classes": list("abc")}))
+
+
+class Counting(nn.Module):
+    """Counts its forward passes in a buffer, and gives logits of the wrong kind on demand."""
+
+    count: torch.Tensor
+
+    def __init__(self, answer: Callable[[torch.Tensor], object] = lambda logits: logits) -> None:
+        super().__init__()
+        self.linear, self.answer = nn.Linear(16, 2), answer
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> object:
+        self.count += 1
+        return self.answer(self.linear(inputs.flatten(1)))
+
+
+def test_looking_at_a_network_does_not_change_it(untouched: Callable[..., Any]) -> None:
+    network = Counting().train()
+    with untouched(network):
+        Classifier(network, **OWN)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda logits: (logits, None), "got tuple"),
+        (lambda logits: logits.sum(), r"got \[\]"),
+        (lambda logits: logits[:1], r"got \[1, 2\]"),
+        (lambda logits: 1 / 0, "got ZeroDivisionError: division by zero"),
+    ],
+)
+def test_other_answers_than_logits(answer: Callable[..., object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Classifier(Counting(answer), **OWN)
+
+
+# --- networks and weights as users have them -----------------------------------------------------
+
+
+def test_wrappers_are_taken_off() -> None:
+    plain = net()
+    for wrapped in (
+        nn.DataParallel(plain),
+        torch.compile(plain),
+        nn.DataParallel(torch.compile(plain)),
+    ):
+        assert Classifier(wrapped, **OWN).model is plain
+        assert open_classifier(wrapped, **OWN).model is plain
+        assert open_classifier(lambda wrapped=wrapped: wrapped, **OWN).model is plain
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2))
+
+
+@pytest.mark.parametrize("container", [None, "state_dict", "model_state_dict", "model", "net"])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "model.module."]
+)
+def test_weights_under_the_names_of_wrappers(
+    container: str | None, prefix: str, tmp_path: Path
+) -> None:
+    trained, model, path = normed(), normed(), tmp_path / "own.pt"
+    state = {f"{prefix}{k}": v for k, v in trained.state_dict().items() if "num_batches" not in k}
+    torch.save(state if container is None else {"epoch": 3, container: state}, path)
+    load_weights(model, path)
+    for key, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_what_stands_beside_a_lightning_network_is_left_out(tmp_path: Path) -> None:
+    trained, model, path = net(), net(), tmp_path / "last.ckpt"
+    state = {f"model.{k}": v for k, v in trained.state_dict().items()}
+    beside = {"loss.weight": torch.ones(2)}
+    torch.save({"state_dict": state | beside, "pytorch-lightning_version": "2"}, path)
+    load_weights(model, path)
+    assert torch.equal(model[1].weight, trained[1].weight)
+    del state["model.1.bias"]
+    torch.save({"state_dict": state | beside}, path)
+    with pytest.raises(ValueError, match=r"expected weights of Sequential, got no '1.weight'"):
+        load_weights(model, path)
+
+
+def test_a_network_whose_own_names_begin_so_keeps_them(tmp_path: Path) -> None:
+    def holder() -> nn.Module:
+        return nn.ModuleDict({"model": net(), "net": net()})
+
+    trained, model = holder(), holder()
+    torch.save(trained.state_dict(), tmp_path / "own.pt")
+    load_weights(model, tmp_path / "own.pt")
+    for key, value in trained.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "run git lfs pull"),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page; download the file itself"),
+        (b"<html><head>404", "a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["own.pt", "own.safetensors"])
+def test_what_a_download_left_in_place_of_weights(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_weights(net(), tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        open_classifier(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('width')", "expected a callable that returns the network, got KeyError"),
+        ("raise SystemExit('no GPU')", "got SystemExit: no GPU"),
+        ("undefined.attribute", "got NameError"),
+        ("return (nn.Linear(16, 2), 'transform')", "returns a torch.nn.Module, got tuple"),
+        ("return None", "returns a torch.nn.Module, got NoneType"),
+    ],
+)
+def test_what_a_users_code_may_do(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"usernet{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"from torch import nn\ndef build():\n    {body}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises((ValueError, TypeError), match=message):
+        open_classifier(f"{name}:build", **OWN)
+
+
+def test_modules_that_cannot_be_imported_and_lazy_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nosyntax.py").write_text("def build(:")
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
+    (tmp_path / "lazypart.py").write_text("width = 2")
+    (tmp_path / "lazynet.py").write_text(
+        "def build():\n    import lazypart\n    from torch import nn\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(16, lazypart.width))\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    for module, error in (("nosyntax", "SyntaxError"), ("exits", "SystemExit")):
+        with pytest.raises(ValueError, match=f"can be imported, got {error}"):
+            open_classifier(f"{module}:build", **OWN)
+    assert open_classifier("lazynet:build", **OWN).classes == ("cat", "dog")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import build, candidates, sample_gradients
 
+from dsvlib import weighted_gradient
 from dsvlib.frozen import evaluation_mode
-from dsvlib.gradients import SampleGradients
+from dsvlib.gradients import SampleGradients, flatten, per_sample_gradients
 
 
 @pytest.mark.parametrize("kind", ["dense", "conv", "conv-group", "conv-batch"])
@@ -62,3 +63,45 @@ def test_more_samples_than_a_column_block():
     with evaluation_mode(model):
         gram, _ = gradients.gram(1.0)
     np.testing.assert_allclose(gram, expected @ expected.T, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv", "conv-batch"])
+def test_gradients_add_up_to_the_weighted_one(kind, untouched):
+    model, samples = build(kind), candidates(9)
+    with untouched(model):
+        gradients, theta = per_sample_gradients(model, samples.inputs, samples.labels, batch_size=4)
+    expected = flatten(weighted_gradient(model, samples).values())
+    torch.testing.assert_close(gradients.T @ samples.multipliers, expected)
+    torch.testing.assert_close(theta, flatten(model.parameters()).detach())
+
+
+def test_gradients_of_some_parameters():
+    model, samples = build("dense"), candidates(5)
+    name, value = list(model.named_parameters())[-1]
+    gradients, theta = per_sample_gradients(
+        model, samples.inputs, samples.labels, params={name: value}
+    )
+    assert gradients.shape == (5, value.numel())
+    torch.testing.assert_close(theta, value.detach().reshape(-1))
+    with pytest.raises(ValueError, match="labels"):
+        per_sample_gradients(model, samples.inputs, samples.labels + 100)
+
+
+def test_gradients_that_are_held_give_the_same_products():
+    model, samples = build("conv"), candidates(7)
+    index = torch.tensor([5, 0, 3])
+    with evaluation_mode(model):
+        streamed, held = (SampleGradients(model, samples.inputs, samples.labels) for _ in range(2))
+        vector = torch.linspace(-1, 1, len(held.theta)).double()
+        held.hold(1e-9)  # too little: nothing is held
+        assert held._held is None
+        held.hold(1.0)
+        assert held._held is not None
+        for chosen in (None, index):
+            torch.testing.assert_close(
+                held.weighted_sum(samples.multipliers, chosen),
+                streamed.weighted_sum(samples.multipliers, chosen),
+            )
+            torch.testing.assert_close(
+                held.directional(vector, chosen), streamed.directional(vector, chosen)
+            )

@@ -12,7 +12,7 @@ from conftest import CLASSES, build, candidates
 from scipy import stats
 
 from dsvlib import Split, SupportSet, entropy, lambda_accuracy, margin
-from dsvlib.analysis.lambda_accuracy import pearson
+from dsvlib.analysis.lambda_accuracy import _correlation, pearson
 from dsvlib.classifiers.training import logits_of
 
 # Fig. 2b of the paper: test accuracy in percent and the sum of λ of each CIFAR-10 class
@@ -156,15 +156,28 @@ def test_pearson_equals_scipy_with_an_interval_around_it():
     assert pearson(sums, accuracies, seed=1).low != found.low
 
 
-def test_pearson_over_classifiers_resamples_rows():
+def test_pearson_over_classifiers_is_students_interval():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6, 10))
     y = x + 0.5 * rng.standard_normal((6, 10))
     found = pearson(x, y)
-    each = [stats.pearsonr(a, b).statistic for a, b in zip(x, y, strict=True)]
-    assert found.value == pytest.approx(np.mean(each))
+    each = np.array([stats.pearsonr(a, b).statistic for a, b in zip(x, y, strict=True)])
+    half = stats.t.ppf(0.975, 5) * each.std(ddof=1) / np.sqrt(6)
     assert found.n == 6
-    assert min(each) <= found.low < found.value < found.high <= max(each)
+    assert found.value == pytest.approx(each.mean())
+    assert (found.low, found.high) == pytest.approx((each.mean() - half, each.mean() + half))
+
+
+def test_interval_over_eight_classifiers_covers_what_it_says():
+    rng, true, hits = np.random.default_rng(0), 0.5, []
+    draws = rng.standard_normal((2, 20_000, 10))
+    each = _correlation(draws[0], true * draws[0] + np.sqrt(1 - true**2) * draws[1], -1)
+    for row in range(2000):  # the mean of ρ over classifiers, from eight of them
+        x = draws[0, 8 * row : 8 * row + 8]
+        y = true * x + np.sqrt(1 - true**2) * draws[1, 8 * row : 8 * row + 8]
+        found = pearson(x, y)
+        hits.append(found.low <= each.mean() <= found.high)
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.015)  # the percentile bootstrap: 0.88
 
 
 def test_bootstrap_survives_resamples_of_one_point():

@@ -9,7 +9,7 @@ import torch
 from conftest import build, candidates, delicate, sample_gradients
 from torch.nn import functional as F
 
-from companion import classifier
+from companion.recipes import classifier
 from dsvlib import AugmentationConfig, SupportSet, residuals
 from dsvlib.classifiers.architectures import weights_only
 from dsvlib.ranking import VIEWS, best, rank
@@ -54,7 +54,7 @@ def test_best_keeps_the_first_of_each_class():
     for i, label in enumerate((0, 1, 2)):
         first = table[(table["label"] == label) & (table["rank"] == 1)].index[0]
         assert torch.equal(kept.inputs[2 * i], samples.inputs[first])
-    with pytest.raises(ValueError, match="expected a row per sample, 9, got 3"):
+    with pytest.raises(ValueError, match="samples 9, ranking 3"):
         best(samples, table[:3])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+import dsvlib
 from companion import runs as run_module
 from companion.runs import RecordError, Run, code_digest, is_current, read_record
 from dsvlib._errors import DsvError
-from dsvlib._files import shipped_checkpoint
 from dsvlib.support_set import SupportSet
 
 ALT = "A straight line that rises from zero to one"
@@ -226,10 +227,14 @@ def test_a_run_is_current_until_a_classifier_that_it_read_changes(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dsvlib._files.checkpoints_folder", lambda: checkout)
-    monkeypatch.setattr("dsvlib._files.opened_checkpoints", set())
+    monkeypatch.setattr(run_module, "_opened", set())
     mine, other = (checkout / f"{name}.safetensors" for name in ("mine", "other"))
-    mine.write_text("weights")
-    shipped_checkpoint("mine")
+    dsvlib.save_classifier(
+        mine, dsvlib.build_model("convnet", num_classes=2, shape=(1, 8, 8), width=2)
+    )
+    elsewhere = Path(shutil.copy(mine, checkout / "notebooks" / "own.safetensors"))
+    dsvlib.load_classifier("mine")
+    dsvlib.load_classifier(elsewhere)
     record = read_record(publish().directory)
     assert list(record["checkpoints"]) == ["mine"]
     assert is_current(record)

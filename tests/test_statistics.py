@@ -30,15 +30,18 @@ def test_welch_interval_is_the_formula() -> None:
     assert difference(a, b)[:3] == pytest.approx((gain, gain - half, gain + half))
 
 
-def test_what_does_not_vary_is_a_point() -> None:
-    assert difference([0.1, 0.1], [0.1, 0.1]) == (0, 0, 0, 1)
-    gain, low, high, p = difference([3.0, 4.0], [1.0, 2.0], paired=True)
-    assert (gain, low, high, p) == (2, 2, 2, 0)
+def test_what_does_not_vary_cannot_be_tested() -> None:
+    for first, second, paired in (([0.1] * 2, [0.1] * 2, False), ([3.0, 4.0], [1.0, 2.0], True)):
+        gain, low, high, p = difference(first, second, paired=paired)
+        assert gain == pytest.approx(np.mean(first) - np.mean(second))
+        assert np.isnan([low, high, p]).all()
 
 
 def test_too_few_values_are_refused() -> None:
     with pytest.raises(ValueError, match="at least two values each, got 1 and 2"):
         difference([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="expected finite values"):
+        difference([1.0, np.nan], [1.0, 2.0])
     with pytest.raises(ValueError, match="pairs, got 3 and 2"):
         difference([1.0, 2.0, 3.0], [1.0, 2.0], paired=True)
 
@@ -47,3 +50,10 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.5]) == pytest.approx([1.0, 1.0])
     assert len(holm([])) == 0
+    assert holm([0.04, np.nan, 0.01]) == pytest.approx([0.04, np.nan, 0.02], nan_ok=True)
+
+
+@pytest.mark.parametrize("wrong", [[2, -1], [0.5, 1.1], [-0.01], [[0.1]], [np.inf]])
+def test_holm_refuses_what_is_no_p_value(wrong: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected a list of p-values from 0 to 1, got"):
+        holm(wrong)

@@ -32,7 +32,7 @@ from dsvlib.augmentation import draw
 from dsvlib.synthesis import Step
 
 LABELS = [0, 1, 2, 0]
-SHORT = SynthesisConfig(steps=12, log_every=5, resolutions=(), norm_weight=0.0, norm_target=0.0)
+SHORT = SynthesisConfig(steps=12, log_every=5, tv_weight=0.03)
 # stationarity and the primal term only, so that values can be compared with deepkkt_loss
 BARE = replace(SHORT, augmented_weight=0.0, tv_weight=0.0)
 
@@ -345,6 +345,7 @@ def test_no_candidates_are_left():
     assert not solution.status.successful
     assert len(solution.samples) == 1
     assert solution.samples.multipliers.tolist() == [1e4]
+    assert list(solution.history["step"]) == [1]
     assert steps == []
 
 
@@ -496,6 +497,20 @@ def test_numbers_must_be_numbers(name):
 def test_steps_are_whole():
     with pytest.raises(TypeError, match=r"steps: expected a whole number, got float 2\.5"):
         SynthesisConfig(steps=2.5)
+
+
+def test_the_defaults_favour_no_kind_of_image():
+    plain, digits = SynthesisConfig(), SynthesisConfig.digits()
+    assert (plain.norm_weight, plain.norm_target, plain.augmentation.fill) == (0, 0, 0)
+    assert (plain.resolutions, plain.augmentation.flip) == ((), 0)
+    assert digits.norm_target == digits.augmentation.fill == pytest.approx(-0.957)
+    assert digits.resolutions == (0.5,)
+    assert SynthesisConfig.digits(steps=7) == replace(digits, steps=7)
+    assert SynthesisConfig.photographs(steps=7).norm_target == 0
+
+
+def test_black_is_the_background_of_the_digits(digits):
+    assert SynthesisConfig.digits().norm_target == pytest.approx(float(digits.bounds[0]), abs=5e-4)
 
 
 # --- switches of later date ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -375,3 +376,156 @@ def test_bfloat16_is_used_only_where_the_processor_computes_in_it(supported, mon
     train(full, problem(), config=QUICK)
     assert torch.equal(vector(half), vector(full)) is not supported
     torch.testing.assert_close(vector(half), vector(full), atol=0.1, rtol=0.1)
+
+
+# --- data, labels and networks as users have them ------------------------------------------------
+
+
+class Pairs(torch.utils.data.Dataset):
+    """A torch Dataset of (image, label); `label` says in which form."""
+
+    def __init__(self, split: Split, label: Callable[[Tensor], object] = int) -> None:
+        self.split, self.label = split, label
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, object]:
+        if index >= len(self):
+            raise RuntimeError("asked beyond its end")
+        return self.split.inputs[index], self.label(self.split.labels[index])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(Pairs(problem())[i] for i in range(60))
+
+
+FORMS = {
+    "Dataset": Pairs(problem()),
+    "tensor labels": Pairs(problem(), lambda label: label),
+    "numpy labels": Pairs(problem(), lambda label: label.numpy()),
+    "soft labels": Pairs(problem(), lambda label: F.one_hot(label, 3).float()),
+    "Subset": torch.utils.data.Subset(Pairs(problem()), range(60)),
+    "TensorDataset": torch.utils.data.TensorDataset(problem().inputs, problem().labels),
+    "DataLoader": torch.utils.data.DataLoader(Pairs(problem()), batch_size=7),
+    "IterableDataset": Stream(),
+    "list": [Pairs(problem())[i] for i in range(60)],
+    "NumPy images": [(x.numpy(), y) for x, y in (Pairs(problem())[i] for i in range(60))],
+    "pair of tensors": (problem().inputs, problem().labels),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_form_of_a_split_trains_to_the_same_weights(form):
+    expected, model = linear(), linear()
+    train(expected, problem(), config=QUICK)
+    train(model, FORMS[form], config=QUICK)
+    torch.testing.assert_close(vector(model), vector(expected), rtol=1e-4, atol=1e-6)
+    assert accuracy(model, FORMS[form]) == accuracy(model, problem())
+
+
+@pytest.mark.parametrize("function", [train, accuracy])
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (None, "expected a Split, or a Dataset or DataLoader .* got NoneType"),
+        ({1, 2}, "got set"),
+        ("digits", "got str"),
+        (torch.zeros(2, 4), "got Tensor"),
+        ([{"image": 1}], r"item 0: expected \(image, label\), got dict"),
+        ([("not an image", 1)], r"item 0: expected the image as a float tensor.*ToTensor"),
+        (Pairs(problem(), lambda label: "cat"), "expected class numbers from 0.*got list"),
+        (Pairs(problem(), lambda label: None), "expected class numbers from 0"),
+        ((torch.zeros(2, 4), ["cat", "dog"]), r"labels: expected class numbers .*number the names"),
+        ((torch.zeros(2, 4), {0, 1}), "labels: expected class numbers .* got set"),
+        ((torch.zeros(2, 4), None), "labels: expected class numbers .* got NoneType"),
+    ],
+)
+def test_what_is_no_split_or_label_is_said_in_words(function, split, message):
+    with pytest.raises(TypeError, match=message):
+        function(linear(), split)
+
+
+def test_a_whole_data_set_and_mixed_shapes_are_refused(digits):
+    with pytest.raises(TypeError, match=r"pass data.train or data.test"):
+        train(linear(), digits)
+    with pytest.raises(ValueError, match=r"images of one shape, got \[\(4,\), \(5,\)\]"):
+        train(linear(), [(torch.zeros(4), 0), (torch.zeros(5), 1)])
+    with pytest.raises(ValueError, match="at least one sample"):
+        train(linear(), [])
+
+
+def test_labels_that_start_at_one_are_recognised():
+    split = problem()
+    with pytest.raises(ValueError, match="subtract 1 from labels that start at 1"):
+        train(linear(), Split(split.inputs, split.labels + 1))
+
+
+def test_a_last_batch_of_one_under_batch_norm_is_said_at_once():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    before, buffers = vector(model), [value.clone() for value in model.buffers()]
+    split, config = problem()[:33], TrainConfig(epochs=1, batch_size=16)
+    with pytest.raises(ValueError, match=r"batch_size: .*33 samples in batches of 16"):
+        train(model, split, config=config)
+    assert torch.equal(vector(model), before)
+    assert all(map(torch.equal, model.buffers(), buffers))
+    train(model, split, config=replace(config, batch_size=11))
+    images = Split(torch.randn(17, 1, 4, 4), torch.arange(17) % 3)
+    pixels = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3))
+    train(pixels, images, config=config)  # one image has pixels enough
+
+
+def test_networks_of_volumes_are_trained():
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.randn(12, 1, 4, 4, 4, generator=generator), torch.arange(12) % 2)
+    model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    history = train(model, split, config=TrainConfig(epochs=30, learning_rate=0.1))
+    assert history["loss"].iloc[-1] < 0.5 * history["loss"].iloc[0]
+
+
+def test_an_error_of_the_model_itself_keeps_its_words():
+    class Broken(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            raise RuntimeError("my own bug")
+
+    with pytest.raises(RuntimeError, match=r"^my own bug$"):
+        accuracy(Broken(4, 3), problem())
+
+
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_another_loss_of_each_sample(epochs):
+    """One logit with a logistic loss is two logits, their difference trained alone."""
+
+    def logistic(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], labels.float(), reduction="none")
+
+    split = problem()
+    split = Split(split.inputs, (split.labels > 0).long())
+    torch.manual_seed(0)
+    one = nn.Linear(4, 1, bias=False)
+    weight, config = one.weight.detach().clone(), TrainConfig(
+        epochs=epochs, batch_size=60, weight_decay=0.1, momentum=0, polish_steps=0,
+        schedule="constant",
+    )  # fmt: skip
+    history = train(one, split, config=config, loss_fn=logistic)
+    signs = 2.0 * split.labels - 1
+    for _ in range(epochs):  # gradient descent by hand
+        score = signs * (split.inputs @ weight[0])
+        slope = -(signs * torch.sigmoid(-score))[:, None] * split.inputs
+        weight = weight - 0.05 * (slope.mean(0) + 0.1 * weight)
+    torch.testing.assert_close(one.weight.detach(), weight, rtol=1e-5, atol=1e-6)
+    assert len(history) == epochs
+
+
+def test_several_labels_of_a_sample_and_a_loss_that_reduces():
+    many = (torch.rand(60, 3, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+
+    def each(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
+
+    split = Split(problem().inputs, many)
+    history = train(linear(), split, config=TrainConfig(epochs=20), loss_fn=each)
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    with pytest.raises(ValueError, match=r"loss_fn: expected one loss per sample.*got shape \[\]"):
+        train(linear(), split, loss_fn=lambda z, y: each(z, y).mean())

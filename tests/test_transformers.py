@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsvlib import (
     SupportSet,
     SynthesisConfig,
+    _second_derivatives,
     build_model,
     deepkkt_loss,
     residuals,
-    second_order,
     synthesize,
     weighted_gradient,
 )
+from dsvlib._second_derivatives import twice_differentiable
 
 SHAPE = (2, 4, 4)
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -100,6 +102,66 @@ def candidates(count: int = 4, dtype: torch.dtype = torch.float64) -> SupportSet
     return SupportSet(inputs, torch.arange(count) % 3, multipliers)
 
 
+ATTENTION: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "boolean mask": {"attn_mask": torch.tril(torch.ones(5, 5, dtype=torch.bool))},
+    "float mask": {"attn_mask": torch.linspace(-2, 2, 25).view(5, 5).double()},
+    "grouped heads": {"enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
+def test_attention_is_torchs_own(options: dict[str, Any]) -> None:
+    heads = 2 if "enable_gqa" in options else 4
+    q = torch.randn(2, 4, 5, 6).double()
+    k, v = torch.randn(2, 2, heads, 5, 6).double()
+    with twice_differentiable():
+        found = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_attention_module_is_torchs_own(wanted: bool) -> None:
+    layer, x = nn.MultiheadAttention(6, 2, batch_first=True).double(), torch.randn(2, 5, 6).double()
+    hidden = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    options: dict[str, Any] = {"key_padding_mask": hidden, "need_weights": wanted}
+    with twice_differentiable():
+        found, weights = layer(x, x, x, **options)
+    expected, own = layer(x, x, x, **options)
+    torch.testing.assert_close(found, expected)
+    assert (weights is None) == (own is None) == (not wanted)
+
+
+def test_overlapping_threads_leave_torchs_choice() -> None:
+    """A switch of the process would stay where the thread that entered second found it."""
+
+    def switches() -> tuple[bool, ...]:
+        cuda = torch.backends.cuda
+        return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+
+    before, inside, done = switches(), threading.Event(), threading.Event()
+
+    def enters_first() -> None:
+        with twice_differentiable():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=enters_first)
+    thread.start()
+    inside.wait(10)
+    with twice_differentiable():
+        assert switches() == before
+        done.set()
+        thread.join()
+    assert switches() == before
+    with pytest.raises(KeyError), twice_differentiable():
+        raise KeyError
+    q = torch.randn(1, 1, 3, 4, requires_grad=True)
+    assert "ScaledDotProduct" in type(F.scaled_dot_product_attention(q, q, q).grad_fn).__name__
+
+
 def test_finite_differences_in_inputs_and_multipliers(network: nn.Module) -> None:
     samples = candidates(3)
     network.requires_grad_(True)
@@ -132,7 +194,7 @@ def test_without_the_choice_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = samples.inputs.requires_grad_()
     network = NETWORKS["fused-by-wish"]().double()
     grad(deepkkt_loss(network, samples), inputs)
-    monkeypatch.delitem(second_order._REWRITTEN, F.scaled_dot_product_attention)
+    monkeypatch.delitem(_second_derivatives._REPLACED, F.scaled_dot_product_attention)
     with pytest.raises(RuntimeError, match=r"derivative for aten::_scaled_dot_product|backend"):
         grad(deepkkt_loss(network, samples), inputs)
 

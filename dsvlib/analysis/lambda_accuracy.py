@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 
-from dsvlib._validation import as_labels, check_label_range, check_number, check_same_length
+from dsvlib._validation import (
+    as_labels,
+    check_count,
+    check_label_range,
+    check_number,
+    check_same_length,
+)
 from dsvlib.classifiers.training import Labelled, logits_of
 from dsvlib.logits import check_logits
 from dsvlib.support_set import SupportSet
@@ -20,7 +26,7 @@ from dsvlib.support_set import SupportSet
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's ρ with a bootstrap interval; `n` points, or `n` rows of points (classifiers)."""
+    """Pearson's ρ with its interval, of `n` points or of `n` rows of points (classifiers)."""
 
     value: float
     low: float
@@ -36,13 +42,15 @@ def pearson(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Correlation:
-    """Return Pearson's ρ of x and y with a percentile bootstrap interval.
+    """Return Pearson's ρ of x and y with an interval.
 
     Parameters
     ----------
     x, y
-        [n]: one ρ, points resampled; or [m, n]: the mean over rows of each row's ρ, rows resampled
-        (m classifiers with n classes each: classes of one classifier are not independent draws).
+        [n]: one ρ, its interval a percentile bootstrap over the points; or [m, n]: the mean over
+        rows of each row's ρ, its interval Student's t over the m of them (m classifiers with n
+        classes each: classes of one classifier are not independent draws). A bootstrap over so few
+        rows would be too narrow.
     confidence
         Of the interval, between 0 and 1.
     resamples, seed
@@ -51,8 +59,6 @@ def pearson(
     Raises ValueError for shapes that differ, fewer than 3 points, fewer than 2 rows, numbers that
     are not finite, or a constant x or y, of which ρ is undefined.
     """
-    from scipy.stats import bootstrap, pearsonr
-
     a, b = (np.asarray(v, dtype=np.float64) for v in (x, y))
     if a.shape != b.shape or a.ndim not in (1, 2) or a.shape[-1] < 3 or len(a) < 2:
         raise ValueError(
@@ -66,26 +72,23 @@ def pearson(
             "pearson: expected x and y that vary, got a constant one; its ρ is undefined"
         )
     check_number("confidence", confidence, above=0)
-    check_number("resamples", resamples, at_least=1)
+    check_count("resamples", resamples)
     if confidence >= 1:
         raise ValueError(f"confidence: expected a number below 1, got {confidence}; 0.95 is usual")
-    data: tuple[Any, ...]
+    each = _correlation(a, b, -1)
     if a.ndim == 2:
-        each = pearsonr(a, b, axis=1).statistic
-        value, data = float(each.mean()), (each,)
+        low, high = stats.t.interval(confidence, len(a) - 1, each.mean(), stats.sem(each))
     else:
-        value, data = float(pearsonr(a, b).statistic), (a, b)
-    interval = bootstrap(
-        data,
-        np.mean if a.ndim == 2 else _correlation,
-        paired=a.ndim == 1,
-        vectorized=True,
-        n_resamples=resamples,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Correlation(value, float(interval.low), float(interval.high), len(a))
+        low, high = stats.bootstrap(
+            (a, b),
+            _correlation,
+            paired=True,
+            n_resamples=resamples,
+            confidence_level=confidence,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return Correlation(float(each.mean()), float(low), float(high), len(a))
 
 
 def _is_constant(values: np.ndarray) -> np.ndarray:
@@ -142,6 +145,6 @@ def lambda_accuracy(samples: SupportSet, model: nn.Module, test: Labelled) -> pd
     if len(samples.classes) == classes:
         table["name"] = samples.classes
     undefined = bool(_is_constant(sums) or _is_constant(accuracy))
-    rho = float("nan") if undefined else float(np.corrcoef(sums, accuracy)[0, 1])
+    rho = float("nan") if undefined else float(_correlation(sums, accuracy, -1))
     table.attrs["pearson"] = rho
     return table

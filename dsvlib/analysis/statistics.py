@@ -25,8 +25,8 @@ class Difference(NamedTuple):
 def difference(first: ArrayLike, second: ArrayLike, *, paired: bool = False) -> Difference:
     """Compare the means of `first` [n] and `second` [m], seed by seed where `paired` (m = n).
 
-    Where nothing varies, the interval is a point and p is 1 for equal means, else 0. Raises
-    ValueError for fewer than two values, or unequal lengths of pairs.
+    Where nothing varies there is nothing to test with: interval and p are NaN. Raises ValueError
+    for fewer than two values, values that are not finite, or unequal lengths of pairs.
     """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if min(len(a), len(b)) < 2 or (paired and len(a) != len(b)):
@@ -34,19 +34,29 @@ def difference(first: ArrayLike, second: ArrayLike, *, paired: bool = False) -> 
             f"expected at least two values each{' and pairs' if paired else ''}, got {len(a)} and "
             f"{len(b)}; run more seeds"
         )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("expected finite values, got NaN or infinity; drop those seeds")
     gain = float(a.mean() - b.mean())
     spread = (a - b).std() if paired else max(a.std(), b.std())
     if not spread > 1e-12 * max(1.0, abs(gain)):
-        return Difference(gain, gain, gain, float(gain == 0))
+        return Difference(gain, np.nan, np.nan, np.nan)
     test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
     low, high = test.confidence_interval(0.95)
     return Difference(gain, float(low), float(high), float(test.pvalue))
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Return p-values corrected for their number (Holm 1979), in the order given."""
+    """Return p-values corrected for their number (Holm 1979), in the order given.
+
+    NaN, where nothing could be tested, stays NaN and does not count. Raises ValueError for others
+    outside [0, 1].
+    """
     p = np.asarray(p_values, dtype=float)
-    order = p.argsort(kind="stable")
-    corrected = np.empty_like(p)
-    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    if p.ndim != 1 or ((p < 0) | (p > 1)).any():
+        raise ValueError(
+            f"expected a list of p-values from 0 to 1, got {p.tolist()}; pass those of the tests"
+        )
+    order = p.argsort(kind="stable")[: np.isfinite(p).sum()]  # NaN is sorted last
+    corrected = np.full_like(p, np.nan)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
     return corrected

@@ -66,21 +66,14 @@ def _set(inputs: Tensor, labels: Tensor) -> SupportSet:
 
 def linear_layer(weight: np.ndarray | Tensor, bias: np.ndarray | Tensor | None = None) -> nn.Linear:
     """Return the float64 layer x ↦ Wx + b with a given W [K, d] and b [K] (None: without)."""
-    weight = _double(weight)
     if weight.ndim != 2:
         raise ValueError(f"weight: expected shape [K, d], got {list(weight.shape)}")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None).double()
-    state = {"weight": weight}
-    if bias is not None:
-        state["bias"] = _double(bias)
-    layer.load_state_dict(state)
+    with torch.no_grad():
+        layer.weight.copy_(torch.asarray(weight, copy=True))
+        if bias is not None:
+            layer.bias.copy_(torch.asarray(bias, copy=True))
     return layer
-
-
-def _double(values: np.ndarray | Tensor) -> Tensor:
-    if isinstance(values, Tensor):
-        return values.detach().double()
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def hard_margin_svm(inputs: Tensor, labels: Tensor) -> tuple[nn.Linear, Tensor]:

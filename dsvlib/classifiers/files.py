@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsvlib._files import atomic_path, checkpoints_folder, read_safetensors, shipped_checkpoint
+from dsvlib._files import (
+    PACKAGE,
+    atomic_path,
+    checkpoint_path,
+    checkpoints_folder,
+    read_safetensors,
+)
 from dsvlib.classifiers.architectures import ModelSpec, build_model
 
 FORMAT = "dsvlib.classifier.v1"
@@ -37,22 +44,27 @@ def save_classifier(path: str | os.PathLike[str], model: nn.Module, **metadata: 
         save_file(tensors, str(temporary), metadata=header)
 
 
-def load_classifier(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
+def load_classifier(
+    path: str | os.PathLike[str], *, root: str | os.PathLike[str] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Return a classifier in evaluation mode and its metadata.
 
-    `path` is a file, or the name of a shipped classifier such as ``"digits-convnet"``. The
-    metadata also holds `architecture`, `num_classes` and `shape`.
+    `path` is a file, or the name of a shipped classifier such as ``"digits-convnet"``: one in the
+    wheel, in a checkout, in the cache or in the folder `root`. The metadata also holds
+    `architecture`, `num_classes` and `shape`.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one.
     """
     file = Path(path)
     if not file.exists() and file.suffix == "" and file.name == str(path):
-        file = shipped_checkpoint(str(path))
+        file = checkpoint_path(file.name, None if root is None else Path(root))
         if not file.is_file():
-            shipped = sorted(p.stem for p in checkpoints_folder().glob("*.safetensors"))
+            folders = (PACKAGE / "_checkpoints", checkpoints_folder())
+            shipped = sorted({p.stem for f in folders for p in f.glob("*.safetensors")})
             raise FileNotFoundError(
                 f"expected a file or one of the shipped classifiers {shipped}, got {str(path)!r}"
             )
+    sys.audit("dsvlib.load_classifier", str(file))  # who keeps records may listen
     tensors, header = read_safetensors(file, FORMAT, "save_classifier")
     try:
         spec = json.loads(header["spec"])

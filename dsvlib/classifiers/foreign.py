@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsvlib._validation import check_same_length, suggestion
-from dsvlib.classifiers.architectures import ModelSpec
+from dsvlib._files import foreign_content
+from dsvlib._validation import suggestion
 from dsvlib.classifiers.files import load_classifier
+from dsvlib.frozen import evaluation_mode
 
 TORCHVISION = "torchvision:"
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net")  # of a file's dict
+PREFIXES = ("module.", "model.", "net.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +35,11 @@ class Classifier:
     Parameters
     ----------
     model
-        Maps inputs [n, C, H, W] to logits [n, K].
+        Maps inputs [n, C, H, W] to logits [n, K]; taken out of what DataParallel or torch.compile
+        wrapped around it.
     classes
-        The K class names, in the order of the logits.
+        The K class names, in the order of the logits; or a dict, of numbers to names or of names
+        to numbers.
     mean, std
         Normalisation of each of the C channels for pixels in [0, 1].
     shape
@@ -42,7 +47,9 @@ class Classifier:
     name, dataset
         What it is called and what it was trained on, where known.
 
-    Raises ValueError where mean, std and shape disagree in channels, or a std is not positive.
+    One forward pass of two grey images checks that the network reads `shape` and has a logit for
+    every class. Raises ValueError where it does not, where mean, std and shape disagree in
+    channels or a mean or std is none of pixels in [0, 1]; TypeError for a string or a set.
     """
 
     model: nn.Module
@@ -54,20 +61,33 @@ class Classifier:
     dataset: str = ""
 
     def __post_init__(self) -> None:
-        for field, kind in (("classes", str), ("mean", float), ("std", float), ("shape", int)):
-            object.__setattr__(self, field, tuple(kind(v) for v in getattr(self, field)))
+        object.__setattr__(self, "model", unwrapped(self.model))
+        object.__setattr__(self, "classes", _class_names(self.classes))
+        for field, kind in (("mean", float), ("std", float), ("shape", int)):
+            object.__setattr__(self, field, _numbers(field, getattr(self, field), kind))
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(
                 f"shape: expected (channels, height, width), got {self.shape}; e.g. (3, 32, 32)"
             )
-        if not len(self.mean) == len(self.std) == self.shape[0] or min(self.std) <= 0:
+        if not len(self.mean) == len(self.std) == self.shape[0] or not min(self.std) > 0:
             raise ValueError(
                 f"mean and std: expected {self.shape[0]} numbers each, one per channel, with "
                 f"std > 0, got mean {self.mean} and std {self.std}; take those that the network "
                 f"was trained with"
             )
+        if not all(value <= 1 for value in (*self.mean, *self.std)):  # a NaN fails it too
+            raise ValueError(
+                f"mean and std: expected those of pixels in [0, 1], got mean {self.mean} and std "
+                f"{self.std}; divide by 255 what was taken of pixels from 0 to 255"
+            )
         if not self.classes:
             raise ValueError("classes: expected one name per logit, got none; name the classes")
+        logits = _count_logits(self.model, self.shape, self.name or "model")
+        if len(self.classes) not in ((1, 2) if logits == 1 else (logits,)):  # one tells two apart
+            raise ValueError(
+                f"classes: expected one name for each logit, got classes "
+                f"{len(self.classes)}, logits {logits}; name those that the network has"
+            )
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -91,28 +111,105 @@ class Classifier:
         return _Reading(self, mean, std).eval()
 
     def labels(self, wanted: Sequence[int | str]) -> Tensor:
-        """Return class numbers [n] for names or numbers; an unknown name suggests the nearest."""
+        """Return class numbers [n] for names or numbers; an unknown name suggests the nearest.
+
+        A string that is the name of a class means it, ``"1"`` too; any other that is a number, and
+        every int, is the class's place among the logits.
+        """
+        if isinstance(wanted, str):
+            raise TypeError(
+                f"labels: expected a list of names or numbers, got the string {wanted!r}; "
+                f"write [{wanted!r}]"
+            )
         return torch.tensor([self._number(item) for item in wanted])
 
     def _number(self, item: int | str) -> int:
         count = len(self.classes)
-        text = str(item).strip()
-        if text.lstrip("-").isdigit():
-            if not 0 <= int(text) < count:
+        name = item if item in self.classes else str(item).strip()
+        if isinstance(item, str) and name in self.classes:
+            if self.classes.count(name) > 1:
                 raise ValueError(
-                    f"labels: expected numbers from 0 to {count - 1}, got {text}; "
-                    f"the classifier has {count} classes"
+                    f"labels: expected a name of one class, got {name!r}, which several share; "
+                    f"give its number"
                 )
-            return int(text)
-        if self.classes.count(text) > 1:
+            return self.classes.index(name)
+        if not str(name).lstrip("-").isdigit():
+            near = suggestion(str(name), self.classes) or f"; the first is {self.classes[0]!r}"
+            raise ValueError(f"labels: expected names or numbers of classes, got {item!r}{near}")
+        if not 0 <= int(name) < count:
             raise ValueError(
-                f"labels: expected a name of one class, got {text!r}, which several share; "
-                f"give its number"
+                f"labels: expected numbers from 0 to {count - 1}, got {name}; "
+                f"the classifier has {count} classes"
             )
-        if text not in self.classes:
-            near = suggestion(text, self.classes) or f"; the first is {self.classes[0]!r}"
-            raise ValueError(f"labels: expected names or numbers of classes, got {text!r}{near}")
-        return self.classes.index(text)
+        return int(name)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the network that DataParallel or torch.compile wrapped, which shares its weights."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _class_names(classes: object) -> tuple[str, ...]:
+    if isinstance(classes, str | bytes | set | frozenset) or not isinstance(classes, Iterable):
+        raise TypeError(
+            f"classes: expected a list of names in the order of the logits, got "
+            f"{type(classes).__name__} {classes!r}; write a list, also of one"
+        )
+    if not isinstance(classes, Mapping):
+        return tuple(map(str, classes))
+    pairs = list(classes.items())
+    if all(isinstance(k, str) and isinstance(v, int) for k, v in pairs):  # names to numbers
+        pairs = [(number, name) for name, number in pairs]
+    by_number = {str(number).strip(): str(name) for number, name in pairs}
+    try:
+        return tuple(by_number[str(number)] for number in range(len(pairs)))
+    except KeyError as error:
+        raise ValueError(
+            f"classes: expected a dict with every number from 0 to {len(pairs) - 1}, got none "
+            f"for {error}; name the classes in the order of the logits"
+        ) from None
+
+
+def _numbers(field: str, values: object, kind: Callable[[Any], Any]) -> tuple[Any, ...]:
+    try:
+        if isinstance(values, str | bytes | set | frozenset | Mapping):
+            raise TypeError("no order of channels")
+        return tuple(kind(value) for value in values)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{field}: expected a list of numbers, got {type(values).__name__} {values!r} "
+            f"({error}); write a list, also of one"
+        ) from error
+
+
+def _count_logits(model: nn.Module, shape: Sequence[int], name: str) -> int:
+    """Return K from one forward pass; buffers that a forward pass changes are put back."""
+    like = next(model.parameters(), torch.zeros(()))
+    inputs = torch.zeros(2, *shape, device=like.device, dtype=like.dtype)
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            output = model(inputs)
+        except Exception as error:  # of code that is not ours
+            raise ValueError(
+                f"{name}: expected a network that reads inputs of shape {list(inputs.shape)}, got "
+                f"{type(error).__name__}: {error}; give the shape that it was trained with"
+            ) from error
+        finally:
+            for key, value in model.named_buffers():
+                value.copy_(buffers.get(key, value))
+    if not isinstance(output, Tensor) or output.shape[:1] != (2,) or output.ndim != 2:
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"{name}: expected logits [n, K] for two inputs, got {got}; return them alone"
+        )
+    return output.shape[1]
 
 
 class _Reading(nn.Module):
@@ -139,13 +236,14 @@ class _Reading(nn.Module):
 
 
 def open_classifier(
-    source: str | os.PathLike[str] | Callable[[], nn.Module],
+    source: str | os.PathLike[str] | Callable[[], nn.Module] | nn.Module,
     *,
     weights: str | os.PathLike[str] | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | Mapping[Any, Any] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     shape: Sequence[int] | None = None,
+    root: str | os.PathLike[str] | None = None,
 ) -> Classifier:
     """Return a classifier from a file, from torchvision or from code of one's own.
 
@@ -155,13 +253,16 @@ def open_classifier(
         A file that `save_classifier` wrote, or a shipped one by name (``"digits-convnet"``);
         ``"torchvision:resnet50"`` for its default weights or
         ``"torchvision:ResNet50_Weights.IMAGENET1K_V2"`` for named ones, downloaded on first use
-        and checked against torchvision's checksum; or ``"MODULE:CALLABLE"``, or the callable
-        itself, which returns the network when it is called without arguments.
+        and checked against torchvision's checksum; or ``"MODULE:CALLABLE"`` (of the working folder
+        too, which stays importable), or the callable itself, which returns the network when it is
+        called without arguments; or the network.
     weights
         A local state dict for it (.safetensors, or what `torch.save` wrote, read without pickled
         code) instead of a download.
     classes, mean, std, shape
         As in `Classifier`; needed for one's own network, and replace what is known of the others.
+    root
+        A folder in which shipped ones are looked for too.
 
     Raises ValueError for an unknown name or weights of another architecture, naming the first key
     that does not fit; FileNotFoundError for a missing file; RuntimeError for a failed download.
@@ -169,14 +270,17 @@ def open_classifier(
     known: dict[str, Any]
     given: dict[str, Any] = {"classes": classes, "mean": mean, "std": std, "shape": shape}
     given = {key: value for key, value in given.items() if value is not None}
-    if callable(source):
-        model, known = source(), {"name": getattr(source, "__name__", "own")}
+    if isinstance(source, nn.Module):
+        model, known = source, {"name": type(source).__name__}
+    elif callable(source):
+        name = getattr(source, "__name__", "own")
+        model, known = _called(source, name), {"name": name}
     elif str(source).startswith(TORCHVISION):
         model, known = _from_torchvision(str(source)[len(TORCHVISION) :], weights, given)
     elif ":" in str(source) and not Path(source).exists():
-        model, known = _from_code(str(source))(), {"name": str(source)}
+        model, known = _called(_from_code(str(source)), str(source)), {"name": str(source)}
     else:
-        model, metadata = load_classifier(source)
+        model, metadata = load_classifier(source, root=root)
         kept = ("classes", "mean", "std", "shape", "dataset")
         known = {key: metadata[key] for key in kept if key in metadata}
         known |= {"name": Path(source).stem}
@@ -185,6 +289,7 @@ def open_classifier(
             f"{known['name']}: expected a callable that returns a torch.nn.Module, got "
             f"{type(model).__name__}; write a function without arguments that builds the network"
         )
+    model = unwrapped(model)
     if weights is not None:
         load_weights(model, weights)
     known |= given
@@ -194,25 +299,22 @@ def open_classifier(
             f"{known['name']}: expected {', '.join(missing)} beside the network, got none; "
             f"say how its inputs are normalised and what its classes are called"
         )
-    opened = Classifier(model.eval(), **known)
-    spec = getattr(model, "spec", None)
-    if isinstance(spec, ModelSpec):
-        check_same_length(classes=len(opened.classes), logits=spec.num_classes)
-    return opened
+    return Classifier(model.eval(), **known)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Load a local state dict into `model`; the model is not touched if it does not fit.
 
-    Reads .safetensors, and files of `torch.save` with `weights_only=True`. A dict under the key
-    ``state_dict`` or ``model`` is unwrapped, and the prefix ``module.`` of data-parallel training
-    is taken off.
+    Reads .safetensors, and files of `torch.save` with `weights_only=True`. A dict under a key of
+    CONTAINERS is unwrapped, and what data-parallel training, torch.compile or Lightning put before
+    the names is taken off. Counts of batches, which no result reads, may be missing.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one or one of another
     architecture: the message has the first key that does not fit.
     """
-    state = _read_state(Path(path))
     own = model.state_dict()
+    counts = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    state = counts | _without_prefix(_read_state(Path(path)), own.keys() - counts.keys())
     problems = [f"no {key!r}" for key in own if key not in state]
     problems += [f"{key!r}, which the network lacks" for key in state if key not in own]
     shapes = ((key, own[key].shape, state[key].shape) for key in own if key in state)
@@ -234,6 +336,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file of weights, found none")
+    if what := foreign_content(path):
+        raise ValueError(f"{path}: expected a file of weights, got {what}")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -247,16 +351,33 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             f"cannot be read without running code in it ({type(error).__name__}); "
             f"save model.state_dict() again"
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
+    while isinstance(state, Mapping):
+        inner = next((k for k in CONTAINERS if isinstance(state.get(k), Mapping)), None)
+        if inner is None:
+            break
+        state = state[inner]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
             f"{path}: expected a state dict, names and tensors, got {type(state).__name__}; "
             f"save model.state_dict()"
         )
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def _without_prefix(state: Mapping[str, Tensor], wanted: Set[str]) -> dict[str, Tensor]:
+    """Return `state` under the network's own names, where only a wrapper's prefix is between.
+
+    What stands beside the network (a Lightning module's loss) goes only if all of it is there.
+    """
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    while not wanted <= state.keys():
+        for prefix in PREFIXES:
+            inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if inner and (len(inner) == len(state) or wanted <= inner.keys()):
+                state = inner
+                break
+        else:
+            break
     return state
 
 
@@ -266,16 +387,17 @@ def _from_torchvision(
     """Return torchvision's network by name, with class names and normalisation of its weights."""
     from torchvision import models
 
+    found = {architecture: models.get_model_weights(architecture)
+             for architecture in models.list_models(models)}  # fmt: skip
+    families = {weights.__name__: architecture for architecture, weights in found.items()}
     family, _, entry = name.partition(".")
-    by_family = {models.get_model_weights(m).__name__: m for m in models.list_models(models)}
-    architecture = by_family.get(family, family)
-    if architecture not in by_family.values():
-        options = [*by_family.values(), *by_family]
+    architecture = families.get(family, family)
+    if architecture not in found:
         raise ValueError(
             f"torchvision: expected one of its classifiers or weights, got {name!r}"
-            f"{suggestion(name, options)}"
+            f"{suggestion(name, [*found, *families])}"
         )
-    choices = models.get_model_weights(architecture)
+    choices = found[architecture]
     if entry and entry not in choices.__members__:
         raise ValueError(
             f"torchvision: expected {family} with one of {', '.join(choices.__members__)}, got "
@@ -312,20 +434,26 @@ def _from_code(text: str) -> Callable[[], Any]:
     """Return the callable that 'MODULE:CALLABLE' names; the working folder is searched too."""
     module, _, name = text.partition(":")
     here = os.getcwd()
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
+    if here not in sys.path:
+        sys.path.insert(0, here)  # for good: the callable may import when it is called
     try:
         found: Any = importlib.import_module(module)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(
-            f"{text}: expected MODULE:CALLABLE with a module that can be imported, got: {error}; "
-            f"run it where the module lies"
+            f"{text}: expected MODULE:CALLABLE with a module that can be imported, got "
+            f"{type(error).__name__}: {error}; import it by hand where the module lies"
         ) from error
-    finally:
-        if added:
-            sys.path.remove(here)
     if not callable(getattr(found, name, None)):
         near = suggestion(name, [n for n in dir(found) if not n.startswith("_")])
         raise ValueError(f"{text}: expected a callable in {module}, got {name!r}{near}")
     return getattr(found, name)  # type: ignore[no-any-return]
+
+
+def _called(source: Callable[[], Any], name: str) -> Any:
+    try:
+        return source()
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
+        raise ValueError(
+            f"{name}: expected a callable that returns the network, got "
+            f"{type(error).__name__}: {error}; call it by hand, without arguments"
+        ) from error

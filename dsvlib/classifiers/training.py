@@ -8,10 +8,11 @@ exactly with all λᵢ = 1/(w·n). This is why decay is part of the gradient her
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -31,20 +32,11 @@ from dsvlib._validation import (
     check_same_length,
 )
 from dsvlib.augmentation import AugmentationConfig, augment
+from dsvlib.classifiers.adversarial import AdversarialConfig, attack
+from dsvlib.data.datasets import AnySplit, as_split
+from dsvlib.data.datasets import Labelled as Labelled
 from dsvlib.frozen import device_of, evaluation_mode
-from dsvlib.logits import cross_entropy, is_feasible, predict
-
-
-class Labelled(Protocol):
-    """Anything that can be trained on or tested on: a `Split` or a `SupportSet`."""
-
-    @property
-    def inputs(self) -> Tensor:
-        """Normalised inputs [n, C, H, W]."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels int64 [n] or float [n, K]."""
+from dsvlib.logits import LossFn, cross_entropy, is_feasible, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +52,8 @@ class TrainConfig:
         linear to zero), or ``"halfway"`` (×0.1 once, at half of the steps: the field's protocol).
     augmentation
         Drawn anew for every sample of every batch; None for none.
+    adversarial
+        Train on images moved against the classifier instead (`AdversarialConfig`); None for none.
     average_epochs
         The weights are the mean over the steps of so many last epochs (Polyak and Juditsky 1992),
         which takes the noise of the batches out of them; 0 for the weights of the last step.
@@ -82,6 +76,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     schedule: Schedule = "cosine"
     augmentation: AugmentationConfig | None = None
+    adversarial: AdversarialConfig | None = None
     average_epochs: int = 0
     polish_steps: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -107,9 +102,10 @@ class TrainConfig:
 
 def train(
     model: nn.Module,
-    split: Labelled,
+    split: AnySplit,
     *,
     config: TrainConfig | None = None,
+    loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
     on_batch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> pd.DataFrame:
@@ -118,18 +114,24 @@ def train(
     Parameters
     ----------
     split
-        A `Split` or a `SupportSet` (soft labels are allowed; multipliers are not read).
+        A `Split` or a `SupportSet` (soft labels are allowed; multipliers are not read), or any
+        torch Dataset or DataLoader of (image, label), read into memory once.
+    loss_fn
+        ``loss_fn(logits, labels) -> [n]``, one loss per sample without reduction; default:
+        cross-entropy. With another one, labels are handed on as they are (several per sample, too).
     generator
         A CPU generator for batches and augmentation; default: a fresh one with seed 0.
     on_batch
         Called after each batch with the sample indices and which of them were classified right.
 
-    Raises ValueError for wrong shapes or labels, FloatingPointError when training diverges. Where
-    the model cannot be trained for lack of gradients, ValueError.
+    Raises ValueError for wrong shapes or labels, for a model without gradients, and for a last
+    batch of one under batch norm; FloatingPointError when training diverges.
     """
     config = config or TrainConfig()
     generator = generator or torch.Generator().manual_seed(0)
-    inputs, labels = _check_split(split)
+    split = as_split(split)
+    inputs, labels = _check_split(split, loss_fn)
+    losses_of = loss_fn or cross_entropy
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(
@@ -138,7 +140,18 @@ def train(
         )
     device = device_of(model)
     inputs, labels = inputs.detach().to(device), labels.detach().to(device)
-    check_label_range(labels, logits_of(model, inputs[:1]).shape[1])
+    logits = logits_of(model, inputs[:1])
+    if loss_fn is None:
+        check_label_range(labels, logits.shape[1])
+    else:
+        _check_losses(loss_fn(logits, labels[:1]))
+    _check_last_batch(model, inputs, config.batch_size)
+    mean, std = getattr(split, "mean", ()), getattr(split, "std", ())
+    if config.adversarial is not None and not std:
+        raise ValueError(
+            "adversarial: expected a split that knows how its pixels were normalised, got one "
+            "without mean and std; pass Split(inputs, labels, mean, std)"
+        )
     optimizer: torch.optim.Optimizer
     decay, rate = config.weight_decay, config.learning_rate
     if config.optimizer == "sgd":
@@ -161,9 +174,12 @@ def train(
                 if config.augmentation is not None:
                     x = augment(x, config.augmentation, generator=generator)
                 with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    if config.adversarial is not None:
+                        x = attack(model, x, y, config=config.adversarial, mean=mean, std=std,
+                                   loss_fn=losses_of, generator=generator)  # fmt: skip
                     logits = model(x)
                 logits = logits.to(x.dtype)
-                losses = cross_entropy(logits, y)
+                losses = losses_of(logits, y)
                 optimizer.zero_grad(set_to_none=True)
                 losses.mean().backward()
                 optimizer.step()
@@ -185,7 +201,7 @@ def train(
     if averaged is not None:
         model.load_state_dict(averaged.module.state_dict())
     if config.polish_steps:
-        _polish(model, trained, inputs, labels, config)
+        _polish(model, trained, inputs, labels, config, losses_of)
     optimizer.zero_grad(set_to_none=True)
     return pd.DataFrame(rows, columns=["epoch", "loss", "accuracy", "learning_rate"])
 
@@ -204,7 +220,8 @@ def _fast_layout(model: nn.Module) -> Iterator[None]:
     Convolutions are up to twice as fast in it on a CPU; group and instance norms are slower and
     lose what the convolutions gain.
     """
-    if any(isinstance(module, nn.GroupNorm | nn.InstanceNorm2d) for module in model.modules()):
+    slower = any(isinstance(module, nn.GroupNorm | nn.InstanceNorm2d) for module in model.modules())
+    if slower or any(value.ndim > 4 for value in model.parameters()):  # of volumes: another layout
         yield
         return
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -234,6 +251,7 @@ def _polish(
     inputs: Tensor,
     labels: Tensor,
     config: TrainConfig,
+    losses_of: LossFn,
 ) -> None:
     """Take full-batch gradient steps in evaluation mode; the gradient is summed over batches.
 
@@ -252,7 +270,7 @@ def _polish(
             for x, y in zip(
                 inputs.split(config.batch_size), labels.split(config.batch_size), strict=True
             ):
-                (cross_entropy(model(x), y).sum() / len(inputs)).backward()
+                (losses_of(model(x), y).sum() / len(inputs)).backward()
             optimizer.step()
             scheduler.step()
     if not all(bool(torch.isfinite(p).all()) for p in trained):
@@ -266,10 +284,35 @@ def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tens
     return iter(torch.randperm(count, generator=generator).split(size))
 
 
-def _check_split(split: Labelled) -> tuple[Tensor, Tensor]:
-    inputs, labels = check_inputs(split.inputs), as_labels(split.labels)
+def _check_split(split: Labelled, loss_fn: LossFn | None = None) -> tuple[Tensor, Tensor]:
+    inputs = check_inputs(split.inputs)
+    labels = as_labels(split.labels) if loss_fn is None else torch.as_tensor(split.labels)
     check_same_length(inputs=len(inputs), labels=len(labels))
     return inputs, labels
+
+
+def _check_losses(losses: Tensor) -> None:
+    if losses.shape != (1,):
+        raise ValueError(
+            f"loss_fn: expected one loss per sample, [1] for one, got shape {list(losses.shape)}; "
+            f"use reduction='none' and sum over what is not the sample"
+        )
+
+
+def _check_last_batch(model: nn.Module, inputs: Tensor, size: int) -> None:
+    """Raise ValueError where the last batch is of one sample that batch norm cannot read."""
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if not norms or (len(inputs) % size or size) != 1:
+        return
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    try:
+        with _training_mode(model, 0), torch.no_grad():
+            torch.func.functional_call(model, buffers, (inputs[:1],))
+    except ValueError as error:
+        raise ValueError(
+            f"batch_size: expected two samples or more in each batch under batch norm, got one in "
+            f"the last ({len(inputs)} samples in batches of {size}); choose another size"
+        ) from error
 
 
 def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Tensor:
@@ -281,15 +324,17 @@ def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Te
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if not re.search(r"shape|size|dim|dtype|type|channel", str(error)):
+                raise  # the model's own, for other reasons
             raise ValueError(
                 f"inputs: expected a shape and dtype that the model can read, got "
                 f"{list(inputs.shape)} {inputs.dtype} (PyTorch says: {error})"
             ) from error
 
 
-def accuracy(model: nn.Module, split: Labelled) -> float:
+def accuracy(model: nn.Module, split: AnySplit) -> float:
     """Return the fraction of `split` that the model classifies as labelled, from 0 to 1."""
-    inputs, labels = _check_split(split)
+    inputs, labels = _check_split(as_split(split))
     target = labels.argmax(dim=1) if labels.is_floating_point() else labels
     logits = logits_of(model, inputs)
     check_label_range(labels, max(logits.shape[1], 2))  # one logit separates two classes

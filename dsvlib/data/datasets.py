@@ -7,18 +7,20 @@ Shapes: inputs float32 [n, C, H, W], labels int64 [n].
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsvlib._files import repository_root
-from dsvlib._validation import check_same_length, suggestion
+from dsvlib._files import downloads_folder
+from dsvlib._validation import as_labels, check_same_length, suggestion
+from dsvlib.data.folders import read_folder
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -42,12 +44,29 @@ STATISTICS = {
 STATISTICS["cifar10-jpeg"] = STATISTICS["cifar10"]
 
 
+class Labelled(Protocol):
+    """Anything that can be trained on or tested on: a `Split` or a `SupportSet`."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """Normalised inputs [n, C, H, W]."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels int64 [n] or float [n, K]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a data set: `inputs` [n, C, H, W] and `labels` [n]."""
+    """One part of a data set: `inputs` [n, C, H, W] and `labels` [n].
+
+    `mean` and `std` are how the inputs were normalised, where that is known.
+    """
 
     inputs: Tensor
     labels: Tensor
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_same_length(inputs=len(self.inputs), labels=len(self.labels))
@@ -56,11 +75,73 @@ class Split:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor | slice) -> Split:
-        return Split(self.inputs[index], self.labels[index])
+        return replace(self, inputs=self.inputs[index], labels=self.labels[index])
 
     def to(self, device: torch.device | str) -> Split:
         """Return the same samples on `device`."""
-        return Split(self.inputs.to(device), self.labels.to(device))
+        return replace(self, inputs=self.inputs.to(device), labels=self.labels.to(device))
+
+
+# A part of a data set as users have it: ours, or any torch Dataset or DataLoader of (image, label).
+AnySplit = Labelled | torch.utils.data.Dataset[Any] | Iterable[Any]
+
+
+def as_split(data: AnySplit) -> Labelled:
+    """Return a part of a data set as tensors in memory.
+
+    `data` is a `Split` or `SupportSet`, which is returned as it is; a torch Dataset or any sequence
+    of (image, label); a DataLoader, read once through; or a pair of tensors, inputs and labels. An
+    image is a normalised float tensor [C, H, W], a label a class number or a row of probabilities.
+
+    Raises TypeError for anything else, ValueError for images of several shapes.
+    """
+    if isinstance(data, Dataset):
+        raise TypeError("expected one part of a data set, got both; pass data.train or data.test")
+    if hasattr(data, "inputs") and hasattr(data, "labels"):
+        return cast(Labelled, data)
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        return Split(data[0], as_labels(data[1]))
+    indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if isinstance(data, str | bytes | Mapping | Set | Tensor) or not (
+        indexed or isinstance(data, Iterable)
+    ):
+        raise TypeError(
+            f"expected a Split, or a Dataset or DataLoader of (image, label), got "
+            f"{type(data).__name__}; e.g. Split(inputs, labels)"
+        )
+    batched = isinstance(data, torch.utils.data.DataLoader)
+    found: Any = data  # a Dataset need not end by itself
+    items = (found[i] for i in range(len(found))) if indexed else iter(found)
+    pairs = [_pair(item, number, batched) for number, item in enumerate(items)]
+    if not pairs:
+        raise ValueError("expected at least one sample, got none; add some")
+    shapes = sorted({tuple(image.shape[batched:]) for image, _ in pairs})
+    if len(shapes) > 1:
+        raise ValueError(f"expected images of one shape, got {shapes[:3]}; resize them first")
+    join = torch.cat if batched else torch.stack
+    try:
+        labels = join([torch.as_tensor(label) for _, label in pairs])
+    except (TypeError, ValueError, RuntimeError):  # names, for which this has words:
+        labels = as_labels([label for _, label in pairs])
+    return Split(join([image for image, _ in pairs]), as_labels(labels))
+
+
+def _pair(item: Any, number: int, batched: bool) -> tuple[Tensor, Any]:
+    what = "batch" if batched else "item"
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise TypeError(
+            f"{what} {number}: expected (image, label), got {type(item).__name__} "
+            f"{str(item)[:60]}; wrap the data set so that it gives pairs"
+        )
+    image, label = item
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(image)
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            f"{what} {number}: expected the image as a float tensor [C, H, W], got "
+            f"{type(image).__name__}; pass transform=torchvision.transforms.ToTensor()"
+        )
+    return image, label
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +193,9 @@ class _Pixels(NamedTuple):
     classes: tuple[str, ...]
 
 
+Reader = Callable[[Path, int | None], _Pixels]  # of a root and the size for images of several
+
+
 def load_dataset(
     name: str,
     *,
@@ -130,7 +214,7 @@ def load_dataset(
         and checked), ``"cifar10-jpeg"`` and ``"imagenette-64"`` (folders of image files below
         `root`), or ``"folder:PATH"`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``.
     root
-        Where downloads live (default: ``data/downloads`` in the repository).
+        Where downloads live (default: ``data/downloads`` in a checkout, else the cache).
     image_size
         Height and width to resize to.
     limit
@@ -142,13 +226,13 @@ def load_dataset(
     for setting, value in (("image_size", image_size), ("limit", limit)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{setting}: expected a whole number ≥ 1 or None, got {value!r}")
-    folder = Path(root) if root else repository_root() / "data" / "downloads"
+    folder = Path(root) if root else downloads_folder()
     statistics = STATISTICS.get(name)
     if name.startswith("folder:"):
         path = Path(name.removeprefix("folder:"))
-        pixels, name = _read_folder(path), path.name
+        pixels, name = _Pixels(*read_folder(path, image_size)), path.resolve().name
     elif name in _READERS:
-        pixels = _READERS[name](folder)
+        pixels = _READERS[name](folder, image_size)
     else:
         options = [*_READERS, "folder:PATH"]
         raise ValueError(
@@ -166,7 +250,9 @@ def load_dataset(
         mean = tuple(train[0].mean(dim=(0, 2, 3)).tolist())
         std = tuple(train[0].std(dim=(0, 2, 3)).clamp(min=1e-3).tolist())
     offset, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
-    splits = [Split((images - offset) / scale, labels) for images, labels in (train, test)]
+    splits = [
+        Split((images - offset) / scale, labels, mean, std) for images, labels in (train, test)
+    ]
     return Dataset(name, pixels.classes, mean, std, *splits)
 
 
@@ -186,7 +272,7 @@ def _prepare(
     return images, labels
 
 
-def _read_digits(_: Path) -> _Pixels:
+def _read_digits(_: Path, __: int | None) -> _Pixels:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -202,7 +288,7 @@ def _read_digits(_: Path) -> _Pixels:
 
 def _read_torchvision(
     name: str, train: dict[str, object], test: dict[str, object], classes: tuple[str, ...] = ()
-) -> Callable[[Path], _Pixels]:
+) -> Reader:
     """Return a reader for torchvision's class `name`; it downloads once and verifies checksums."""
 
     def read_part(folder: Path, options: dict[str, object]) -> tuple[Tensor, Tensor, Any]:
@@ -223,7 +309,7 @@ def _read_torchvision(
         labels = torch.as_tensor(getattr(data, "targets", getattr(data, "labels", None)))
         return images.float() / 255, labels.to(torch.int64), data
 
-    def read(folder: Path) -> _Pixels:
+    def read(folder: Path, _: int | None) -> _Pixels:
         train_images, train_labels, data = read_part(folder, train)
         test_images, test_labels, _ = read_part(folder, test)
         names = classes or tuple(data.classes)
@@ -232,58 +318,18 @@ def _read_torchvision(
     return read
 
 
-def _read_folder(folder: Path) -> _Pixels:
-    import numpy as np
-    from PIL import Image
-
-    parts: list[tuple[Tensor, Tensor]] = []
-    names: list[str] = []
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
-            raise FileNotFoundError(
-                f"{folder / part}: expected a folder of classes, found none; a folder data set "
-                f"has {folder}/train/<class>/* and {folder}/test/<class>/*"
-            )
-        found = sorted(p.name for p in (folder / part).iterdir() if p.is_dir())
-        names = names or found
-        if found != names or not found:
-            raise ValueError(
-                f"{folder / part}: expected the classes {names} of the train folder, got {found}; "
-                f"both need the same sub-folders"
-            )
-        arrays, labels = [], []
-        for label, class_name in enumerate(names):
-            for file in sorted((folder / part / class_name).iterdir()):
-                try:
-                    with Image.open(file) as image:
-                        arrays.append(np.asarray(image.convert("RGB")))
-                except OSError as error:  # also a truncated image
-                    raise ValueError(
-                        f"{file}: expected an image, got: {error}; remove or repair that file"
-                    ) from error
-                labels.append(label)
-        if len({a.shape for a in arrays}) != 1:
-            raise ValueError(
-                f"{folder / part}: expected images of one size, got "
-                f"{sorted({a.shape for a in arrays})[:3]}; resize them first"
-            )
-        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        parts.append((images.float() / 255, torch.tensor(labels)))
-    return _Pixels(parts[0], parts[1], tuple(names))
-
-
-def _read_below(name: str) -> Callable[[Path], _Pixels]:
+def _read_below(name: str) -> Reader:
     """Return a reader for the folders of images in ``root/<name>``, or in `root` itself."""
 
-    def read(folder: Path) -> _Pixels:
+    def read(folder: Path, image_size: int | None) -> _Pixels:
         below = folder / name
-        return _read_folder(below if below.is_dir() else folder)
+        return _Pixels(*read_folder(below if below.is_dir() else folder, image_size))
 
     return read
 
 
 _BY_FLAG: tuple[dict[str, object], dict[str, object]] = ({"train": True}, {"train": False})
-_READERS: dict[str, Callable[[Path], _Pixels]] = {
+_READERS: dict[str, Reader] = {
     "digits": _read_digits,
     "cifar10": _read_torchvision("CIFAR10", *_BY_FLAG, classes=CIFAR10_CLASSES),
     "cifar100": _read_torchvision("CIFAR100", *_BY_FLAG),

@@ -1,23 +1,20 @@
 """Downloads of data sets: which files, whether they are whole, and fetching what is missing.
 
-Names, addresses and checksums are torchvision's. A download goes to ``<file>.part`` and is taken up
-again where it broke off (HTTP Range); it takes its name only once its checksum is right. A folder
-of images has no archive: its digest goes over the names and contents of its files.
+Names, addresses, checksums and the download itself are torchvision's. A folder of images has no
+archive: its digest goes over the names and contents of its files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 from dsvlib._errors import DsvError, RequestError, explain
-from dsvlib._files import file_digest, repository_root
+from dsvlib._files import atomic_path, file_digest
 
 CLASSES = {
     "cifar10": "CIFAR10",
@@ -27,7 +24,6 @@ CLASSES = {
     "fashion_mnist": "FashionMNIST",
 }
 FOLDERS = ("cifar10-jpeg", "imagenette-64")
-BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -37,26 +33,6 @@ class Archive:
     path: str
     urls: tuple[str, ...]
     md5: str
-
-
-def default_root() -> Path:
-    """Return the folder where downloads live unless one says otherwise."""
-    return repository_root() / "data" / "downloads"
-
-
-def data_sets(parameters: Mapping[str, Any]) -> list[str]:
-    """Return the data sets that a notebook's parameters name, also those inside of lists."""
-    found: dict[str, None] = {}
-    todo = [value for key, value in parameters.items() if key != "preset"]  # one is called cifar10
-    while todo:
-        value = todo.pop(0)
-        if isinstance(value, list):
-            todo += value
-        elif isinstance(value, str) and (
-            value in ("digits", *CLASSES, *FOLDERS) or value.startswith("folder:")
-        ):
-            found[value] = None
-    return list(found)
 
 
 def archives(name: str) -> list[Archive]:
@@ -81,11 +57,13 @@ def archives(name: str) -> list[Archive]:
 
 
 def state(archive: Archive, root: Path) -> str:
-    """Return ``whole``, ``missing``, ``broken off`` (a part is there) or ``damaged``."""
+    """Return ``whole``, ``missing`` or ``damaged``."""
+    from torchvision.datasets.utils import check_integrity
+
     path = root / archive.path
-    if path.is_file():
-        return "whole" if _md5(path) == archive.md5 else "damaged"
-    return "broken off" if _part(path).is_file() else "missing"
+    if not path.is_file():
+        return "missing"
+    return "whole" if check_integrity(path, archive.md5) else "damaged"
 
 
 def verify(name: str, root: Path) -> tuple[bool, str]:
@@ -96,8 +74,10 @@ def verify(name: str, root: Path) -> tuple[bool, str]:
     if name == "digits":
         return True, "bundled with scikit-learn"
     if name in FOLDERS or name.startswith("folder:"):
+        from dsvlib.data.folders import part_folder
+
         folder = Path(name.removeprefix("folder:")) if ":" in name else root / name
-        if not (folder / "train").is_dir() or not (folder / "test").is_dir():
+        if not all(part_folder(folder, part).is_dir() for part in ("train", "test")):
             return False, f"expected {folder}/train/<class>/* and {folder}/test/<class>/*"
         count, listing = folder_digest(folder)
         return True, f"{count} files, sha256 of the listing {listing}"
@@ -122,75 +102,36 @@ def folder_digest(folder: Path) -> tuple[int, str]:
 
 
 def fetch(files: Sequence[Archive], root: Path, *, echo: Callable[[str], object] = print) -> None:
-    """Bring every file that is not whole, going on where an earlier download broke off.
+    """Bring every file that is not whole; each takes its name once its checksum is right.
 
     Raises DsvError when no address answers or what came has another checksum.
     """
+    from torchvision.datasets.utils import download_url
+
     for archive in files:
-        found = state(archive, root)
-        if found == "whole":
+        path, reasons = root / archive.path, []
+        if state(archive, root) == "whole":
             echo(f"{archive.path} · already whole")
             continue
-        path = root / archive.path
-        with explain("write to", path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if found == "damaged":
-                path.unlink()
-        _fetch_one(archive, path, echo)
-
-
-def _fetch_one(archive: Archive, path: Path, echo: Callable[[str], object]) -> None:
-    part, reasons = _part(path), []
-    for url in archive.urls:
-        begun = part.stat().st_size if part.is_file() else 0
-        echo(f"{archive.path} · {f'going on at byte {begun}' if begun else 'downloading'}")
-        try:
-            _download(url, part, begun)
-        except urllib.error.HTTPError as error:
-            if error.code != 416:  # 416: the part was already as long as the file
+        for url in archive.urls:
+            echo(f"{archive.path} · downloading")
+            try:
+                with explain("write", path), atomic_path(path) as new:
+                    try:
+                        download_url(url, str(new.parent), new.name, archive.md5)
+                    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+                        raise HTTPException(error) from error  # of the network, not of the disk
+            except HTTPException as error:
                 reasons.append(f"{url}: {error}")
-                continue
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
-            reasons.append(f"{url}: {error}")
-            continue
-        except OSError as error:
+            except RuntimeError as error:
+                if isinstance(error, DsvError):
+                    raise
+                reasons.append(f"{url}: another MD5 than {archive.md5}")
+            else:
+                echo(f"{archive.path} · whole")
+                break
+        else:
             raise DsvError(
-                f"cannot write {part}: {error.strerror or error}; free space or make it "
-                f"writable, then run the command again: it goes on where it stopped"
-            ) from error
-        if _md5(part) == archive.md5:
-            part.replace(path)
-            echo(f"{archive.path} · whole")
-            return
-        part.unlink()  # going on from a wrong beginning would never end well
-        reasons.append(f"{url}: another MD5 than {archive.md5}")
-    kept = "; what came so far is kept" if part.is_file() else ""
-    raise DsvError(
-        f"{archive.path}: no download ({'; '.join(reasons)}){kept}; run it again, or offline copy "
-        f"the file to {path}"
-    )
-
-
-def _download(url: str, part: Path, begun: int) -> None:
-    """Append what is missing to `part`; start anew where the server knows no ranges."""
-    headers = {"Range": f"bytes={begun}-"} if begun else {}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        going_on = begun and answer.status == 206
-        length = answer.headers.get("Content-Length")
-        got = 0
-        with part.open("ab" if going_on else "wb") as out:
-            while block := answer.read(BLOCK):
-                out.write(block)
-                got += len(block)
-    if length is not None and got < int(length):
-        raise http.client.IncompleteRead(b"", int(length) - got)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+                f"{archive.path}: no download ({'; '.join(reasons)}); run it again, or offline "
+                f"copy the file to {path}"
+            )

@@ -1,0 +1,326 @@
+"""The command `dsv`. Heavy modules are imported inside the commands, so that help is instant.
+
+Here is what an installed dsvlib offers. The companion of a checkout adds its own commands by the
+entry-point group `dsvlib.commands`, a function that registers them with the typer app.
+
+Exit status: 0 if all was done, 1 if something failed, 2 if it was asked for wrongly, 130 if
+interrupted. One line on stderr says why; `--debug` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsvlib import __version__
+from dsvlib._errors import DsvError, RequestError
+from dsvlib._files import checkout, downloads_folder, file_digest
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from dsvlib.classifiers.foreign import Classifier
+    from dsvlib.conditions import Residuals
+    from dsvlib.solution import Solution
+
+Register = Callable[[typer.Typer], None]
+
+INTERRUPTED = "interrupted; figures published earlier are as they were"
+COMPANION = ("reproduce", "claims", "cell", "train", "doctor", "site", "notebooks")
+
+
+def main(arguments: Sequence[str] | None = None, register: Register | None = None) -> None:
+    """Run the command line and exit with its status; `register` adds commands to the app."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words  # accepted anywhere in the line
+    earlier = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app = _application(register or _companion())
+        status = app([w for w in words if w != "--debug"], prog_name="dsv", standalone_mode=False)
+        if status == 130:  # what typer makes of KeyboardInterrupt
+            _complain(INTERRUPTED, 130)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _complain(INTERRUPTED, 130)
+    except (typer.TyperException, DsvError, ValueError, TypeError, OSError,
+            RuntimeError, ImportError) as error:  # fmt: skip
+        if debug:
+            raise
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        if isinstance(error, ModuleNotFoundError):
+            message += '; pip install "dsvlib[companion]" brings what the command needs'
+        default = 2 if isinstance(error, typer.TyperException) else 1
+        status = _complain(message, getattr(error, "exit_status", default))
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _application(register: Register) -> typer.Typer:
+    app = typer.Typer(
+        name="dsv", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+    app.callback(invoke_without_command=True)(_options)
+    app.command()(synthesize)
+    app.add_typer(data, name="data")
+    register(app)
+    return app
+
+
+def _companion() -> Register:
+    """Return what adds the companion's commands, or names that say what they lack."""
+    if checkout() is None:
+        return _missing("clone the repository and run make install, then this command, in it")
+    try:
+        for entry in entry_points(group="dsvlib.commands"):
+            return entry.load()  # type: ignore[no-any-return]
+    except ImportError:  # the extra's packages; or none of its entries is installed yet
+        pass
+    return _missing('install what the companion needs by pip install -e ".[companion]"')
+
+
+def _missing(fix: str) -> Register:
+    def refuse(context: typer.Context) -> None:
+        """Of the companion, which works in a checkout of the repository."""
+        name = context.info_name
+        raise RequestError(f"{name}: a command of the companion needs a checkout; {fix}")
+
+    anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+    def register(app: typer.Typer) -> None:
+        for name in COMPANION:
+            app.command(name, context_settings=anything, add_help_option=False)(refuse)
+
+    return register
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"dsv: {' '.join(message.split()) or 'failed without a message'}", file=sys.stderr)
+    return status
+
+
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    _debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Deep support vectors: make them, and every figure of the papers."""
+    if version:
+        print(f"dsvlib {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def synthesize(
+    out: Annotated[Path, typer.Option(help="New folder for the results.")],
+    classifier: Annotated[
+        str | None,
+        typer.Option(help="A file, digits-convnet, or torchvision:resnet50."),
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="Your own: MODULE:CALLABLE, with --weights.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="A local state dict.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Per channel, e.g. 0.49,0.48,0.45.")] = None,
+    std: Annotated[str | None, typer.Option(help="Per channel, e.g. 0.20,0.20,0.20.")] = None,
+    shape: Annotated[str | None, typer.Option(help="One input: 3,32,32.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one a line.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Classes by name or number: cat,5.")] = None,
+    per_class: Annotated[int | None, typer.Option(help="Samples of every class.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    root: Annotated[Path | None, typer.Option(help="Folder of shipped classifiers.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File to go on from after a kill; removed at the end.")
+    ] = None,
+) -> None:
+    """Make deep support vectors of a classifier: ours, torchvision's or your own."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RequestError(f"--out: expected a new or empty folder, got {str(out)!r}")
+    if (classifier is None) == (architecture is None):
+        raise RequestError("expected --classifier or --architecture, one of the two")
+    if architecture is not None and (":" not in architecture or weights is None):
+        raise RequestError("--architecture: expected MODULE:CALLABLE, and --weights FILE with it")
+    if labels is not None and per_class is not None:
+        raise RequestError("expected --labels or --per-class, got both; leave one out")
+    for option, value in (("--steps", steps), ("--per-class", per_class)):
+        if value is not None and value < 1:
+            raise RequestError(f"{option}: expected a whole number ≥ 1, got {value}")
+    given: dict[str, Any] = {
+        "mean": numbers("--mean", mean, float),
+        "std": numbers("--std", std, float),
+        "shape": numbers("--shape", shape, int),
+        "classes": None if classes is None else classes.read_text("utf-8").split("\n"),
+    }
+    if given["classes"] is not None:
+        given["classes"] = [line.strip() for line in given["classes"] if line.strip()]
+    import torch
+
+    import dsvlib
+
+    opened = dsvlib.open_classifier(
+        classifier or architecture or "", weights=weights, root=root, **given
+    )
+    if labels is None:
+        wanted = torch.arange(len(opened.classes)).repeat_interleave(per_class or 1)
+    else:
+        try:
+            wanted = opened.labels(labels.split(","))
+        except ValueError as error:
+            raise RequestError(f"--{error}") from None
+    kinds = dsvlib.SynthesisConfig
+    preset = kinds.digits if opened.dataset == "digits" else kinds.photographs
+    solution = dsvlib.synthesize(
+        opened.model,
+        wanted,
+        opened.shape,
+        config=preset() if steps is None else preset(steps=steps),
+        bounds=opened.bounds,
+        generator=torch.Generator().manual_seed(seed),
+        checkpoint=checkpoint,
+    )
+    if not solution.status.successful:
+        raise DsvError(f"{solution.status} Nothing was written; try fewer steps or another seed")
+    about = {"status": str(solution.status), "classifier": opened.name, "seed": seed}
+    with _new_folder(out) as folder:
+        _write_solution(folder, solution, opened, about)
+    print(f"{len(solution.samples)} deep support vectors in {out}. {solution.status}")
+
+
+def numbers(option: str, text: str | None, kind: type) -> list[Any] | None:
+    """Return the numbers of an option's value such as ``0.5,0.25``, None for None."""
+    if text is None:
+        return None
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise RequestError(
+            f"{option}: expected numbers with commas between them, got {text!r}"
+        ) from None
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder that becomes `target` when all went well and vanishes otherwise."""
+    folder = target.with_name(f".{target.name}.{os.getpid()}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        os.replace(folder, target)  # also over an empty folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_solution(
+    folder: Path, solution: Solution, opened: Classifier, about: dict[str, Any]
+) -> None:
+    samples = solution.samples.to("cpu").describe(opened)
+    samples.save(folder / "samples.safetensors")
+    names = [opened.classes[int(label)] for label in samples.labels]
+    _draw(folder / "samples.png", samples.images(), names)
+    solution.history.to_csv(folder / "history.csv", index=False)
+    if solution.residuals is not None:
+        _table(solution.residuals).to_csv(folder / "residuals.csv", index=False)
+    about |= {"steps": int(solution.config.steps)}
+    about |= {"samples_sha256": file_digest(folder / "samples.safetensors")}
+    text = json.dumps(about, indent=2, ensure_ascii=False)
+    (folder / "about.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _table(residuals: Residuals) -> pd.DataFrame:
+    import pandas as pd
+
+    names = ("stationarity", "cosine", "primal", "dual", "active")
+    whole = pd.DataFrame({"quantity": names, "parameter": "all"})
+    whole["value"] = [float(getattr(residuals, name)) for name in names]
+    return pd.concat([whole, residuals.per_layer.melt("parameter", var_name="quantity")])
+
+
+def _draw(path: Path, images: Tensor, names: Sequence[str]) -> None:
+    """Draw `images` [n, C, H, W] in [0, 1] ten a row, each with its name below."""
+    from PIL import Image, ImageDraw, ImageFont
+    from torchvision.transforms.functional import to_pil_image
+
+    scale = -(-96 // images.shape[-1])  # whole pixels, and room for a name
+    width, height = images.shape[-1] * scale, images.shape[-2] * scale
+    columns, line = min(len(images), 10), 16
+    size = (columns * (width + 4), -(-len(images) // columns) * (height + line + 4))
+    page = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
+    for index, (image, name) in enumerate(zip(images, names, strict=True)):
+        x, y = index % columns * (width + 4), index // columns * (height + line + 4)
+        tile = to_pil_image(image if len(image) in (1, 3) else image[:1])
+        page.paste(tile.resize((width, height), Image.Resampling.NEAREST), (x + 2, y + 2))
+        while len(name) > 3 and draw.textlength(name, font) > width:
+            name = name.removesuffix("…")[:-1] + "…"
+        draw.text((x + 2, y + height + 3), name, "black", font)
+    page.save(path)
+
+
+data = typer.Typer(help="The data sets.", no_args_is_help=True)
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data sets.")]
+DataName = Annotated[list[str] | None, typer.Argument(help="Data sets; see dsv data list.")]
+
+
+@data.command("list")
+def list_data(root: DataRoot = None) -> None:
+    """List the data sets that load_dataset knows, and which of them are here."""
+    from dsvlib.data.downloads import CLASSES, FOLDERS, archives, state
+
+    where = root or downloads_folder()
+    print("digits         bundled, works offline (the default)")
+    for name in CLASSES:
+        words = sorted({state(archive, where) for archive in archives(name)})
+        fix = "" if words == ["whole"] else f"; dsv data fetch {name}, or on first use"
+        print(f"{name:14} {', '.join(words)}{fix}")
+    for name in FOLDERS:
+        there = (where / name / "train").is_dir()
+        print(f"{name:14} {'present' if there else f'missing: a folder of images in {where}'}")
+    print("folder:PATH    your own: PATH/train/<class>/* and PATH/test/<class>/*")
+
+
+@data.command("fetch")
+def fetch_data(names: DataName = None, root: DataRoot = None) -> None:
+    """Download data sets, each file checked against its checksum."""
+    from dsvlib.data.downloads import archives, fetch
+
+    if not names:
+        raise RequestError("expected the NAME of a data set; dsv data list shows them")
+    for files in [archives(name) for name in names]:  # every name is known before the first byte
+        fetch(files, root or downloads_folder(), echo=typer.echo)
+
+
+@data.command("verify")
+def verify_data(names: DataName = None, root: DataRoot = None) -> None:
+    """Check the files of data sets against their checksums; all that are here by default."""
+    from dsvlib.data.downloads import CLASSES, FOLDERS, archives, state, verify
+
+    where = root or downloads_folder()
+    here = [n for n in CLASSES if any(state(a, where) != "missing" for a in archives(n))]
+    here += [name for name in FOLDERS if (where / name).is_dir()]
+    wrong = []
+    for name in names or ["digits", *here]:
+        whole, text = verify(name, where)
+        typer.echo(f"{name:14} {'whole' if whole else 'NOT WHOLE'} · {text}")
+        wrong += [] if whole else [name]
+    if wrong:
+        raise DsvError(f"{', '.join(wrong)}: not whole; the lines above say what to do")
+
+
+if __name__ == "__main__":
+    main()
