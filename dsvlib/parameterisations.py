@@ -10,15 +10,17 @@ decorrelated colours, the same loss moves large shapes and natural colours first
 with x = low + (high − low)·u inside the valid range, f in cycles per pixel, an orthonormal
 transform, bicubic up-sampling, and C a square root of the covariance of natural colours.
 
-Each parameterisation has three functions: `start` makes leaves from noise, `invert` those of given
-images, and `image` goes from leaves to x. Leaves are a list of tensors [n, …], one row per image.
+Each parameterisation has three functions: `start` draws leaves from noise, `invert` finds those of
+given images, and `image` goes from leaves to x. Leaves are one tensor with a row for each image.
 
-Shapes: x [n, C, H, W] in normalised units; s [n, C, H, W//2 + 1, 2] (real and imaginary part);
-P_r [n, C, r, r]; low and high broadcast over x.
+Shapes: x [n, C, H, W] in normalised units; leaves [n, C, h, w] (pixels) or [n, D], where s is
+[C, H, W//2 + 1, 2] (real and imaginary part) and the layers P_r are [C, r, r], one after the other;
+low and high broadcast over x.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -42,35 +44,40 @@ MARGIN = 5e-4  # how far from black and white an inverted image is kept: there u
 class Parameterisation(Protocol):
     """What synthesis needs to know: x as a differentiable function of leaves."""
 
-    def start(self, count: int, generator: torch.Generator) -> list[Tensor]:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one x."""
+
+    def start(self, count: int, generator: torch.Generator) -> Tensor:
         """Return leaves of `count` images from noise, drawn on the CPU."""
 
-    def invert(self, inputs: Tensor) -> list[Tensor]:
+    def invert(self, inputs: Tensor) -> Tensor:
         """Return leaves whose image is `inputs` [n, C, H, W]."""
 
-    def image(self, leaves: Sequence[Tensor]) -> Tensor:
+    def image(self, leaves: Tensor) -> Tensor:
         """Return x [n, C, H, W] of the leaves."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """x is its own leaf, as in the papers; noise is N(0, spread²)."""
+    """x is its own leaf, as in the papers; a smaller one is up-sampled. Noise is N(0, spread²)."""
 
     shape: tuple[int, ...]
     spread: float = 1.0
 
-    def start(self, count: int, generator: torch.Generator) -> list[Tensor]:
+    def start(self, count: int, generator: torch.Generator) -> Tensor:
         """Return N(0, spread²) pixels."""
-        return [self.spread * torch.randn(count, *self.shape, generator=generator)]
+        return self.spread * torch.randn(count, *self.shape, generator=generator)
 
-    def invert(self, inputs: Tensor) -> list[Tensor]:
+    def invert(self, inputs: Tensor) -> Tensor:
         """Return a copy of the images."""
-        return [inputs.detach().clone()]
+        return inputs.detach().clone()
 
-    def image(self, leaves: Sequence[Tensor]) -> Tensor:
-        """Return the leaf."""
-        (pixels,) = leaves
-        return pixels
+    def image(self, leaves: Tensor) -> Tensor:
+        """Return the leaves at full size."""
+        if leaves.shape[1:] == self.shape:
+            return leaves
+        return F.interpolate(leaves, size=self.shape[-2:], mode="bilinear")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +87,17 @@ class _InRange:
     shape: tuple[int, ...]
     bounds: tuple[Tensor, Tensor]
     colours: Tensor
+
+    def _split(self, leaves: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Return the parts of the leaves [n, D], each [n, *shape]."""
+        lengths = [math.prod(shape) for shape in shapes]
+        if leaves.ndim != 2 or leaves.shape[1] != sum(lengths):
+            raise ValueError(
+                f"leaves: expected shape [n, {sum(lengths)}] for images {list(self.shape)}, got "
+                f"{list(leaves.shape)}; make them with start or invert"
+            )
+        parts = leaves.split(lengths, dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _to_range(self, unit: Tensor) -> Tensor:
         low, high = self.bounds
@@ -104,27 +122,25 @@ class Fourier(_InRange):
     decay: float = 1.0
     spread: float = 0.01
 
-    def start(self, count: int, generator: torch.Generator) -> list[Tensor]:
-        """Return a spectrum of N(0, spread²)."""
+    @property
+    def spectrum(self) -> tuple[int, ...]:
+        """Shape of one spectrum."""
         channels, height, width = self.shape
-        size = (count, channels, height, width // 2 + 1, 2)
-        return [self.spread * torch.randn(*size, generator=generator)]
+        return channels, height, width // 2 + 1, 2
 
-    def invert(self, inputs: Tensor) -> list[Tensor]:
-        """Return the spectrum of the images; pixels nearer to an end than `MARGIN` move there."""
+    def start(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return spectra of N(0, spread²)."""
+        return self.spread * torch.randn(count, math.prod(self.spectrum), generator=generator)
+
+    def invert(self, inputs: Tensor) -> Tensor:
+        """Return the spectra of the images; pixels nearer to an end than `MARGIN` move there."""
         planes = self._mix(4 * torch.logit(self._to_unit(inputs)), torch.linalg.inv(self.colours))
         spectrum = torch.fft.rfft2(planes, norm="ortho") / self._scale().to(planes)
-        return [torch.view_as_real(spectrum).contiguous()]
+        return torch.view_as_real(spectrum).flatten(1)
 
-    def image(self, leaves: Sequence[Tensor]) -> Tensor:
+    def image(self, leaves: Tensor) -> Tensor:
         """Return σ(C · irfft2(s · scale) / 4) in the valid range."""
-        (parts,) = leaves
-        wanted = (self.shape[0], self.shape[1], self.shape[2] // 2 + 1, 2)
-        if tuple(parts.shape[1:]) != wanted:
-            raise ValueError(
-                f"spectrum: expected shape [n, {', '.join(map(str, wanted))}] for images "
-                f"{list(self.shape)}, got {list(parts.shape)}; make it with start or invert"
-            )
+        (parts,) = self._split(leaves, [self.spectrum])
         spectrum = torch.view_as_complex(parts.contiguous()) * self._scale().to(parts)
         planes = torch.fft.irfft2(spectrum, s=self.shape[1:], norm="ortho")
         return self._to_range(torch.sigmoid(self._mix(planes, self.colours) / 4))
@@ -147,41 +163,37 @@ class Multiresolution(_InRange):
     spread: float = 0.0
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width of each layer, coarse to fine."""
-        height, width = self.shape[1:]
-        sides = [1]
-        while sides[-1] < max(height, width):
-            sides.append(min(2 * sides[-1], max(height, width)))
+    def layers(self) -> list[tuple[int, ...]]:
+        """Shape of each layer, coarse to fine."""
+        channels, height, width = self.shape
         longest = max(height, width)
-        return [(max(1, height * s // longest), max(1, width * s // longest)) for s in sides]
-
-    def start(self, count: int, generator: torch.Generator) -> list[Tensor]:
-        """Return layers of N(0, spread²)."""
-        channels = self.shape[0]
+        sides = [1]
+        while sides[-1] < longest:
+            sides.append(min(2 * sides[-1], longest))
         return [
-            self.spread * torch.randn(count, channels, *size, generator=generator)
-            for size in self.sizes
+            (channels, max(1, height * side // longest), max(1, width * side // longest))
+            for side in sides
         ]
 
-    def invert(self, inputs: Tensor) -> list[Tensor]:
+    def start(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return layers of N(0, spread²)."""
+        length = sum(map(math.prod, self.layers))
+        return self.spread * torch.randn(count, length, generator=generator)
+
+    def invert(self, inputs: Tensor) -> Tensor:
         """Return the layers of the images: means at each side, coarse to fine, of what is left."""
         left = self._mix(torch.atanh(2 * self._to_unit(inputs) - 1), torch.linalg.inv(self.colours))
         layers = []
-        for size in self.sizes:
-            layers.append(F.adaptive_avg_pool2d(left, size))
-            left = left - self._up(layers[-1])
-        return layers
+        for shape in self.layers:
+            layer = F.adaptive_avg_pool2d(left, (shape[1], shape[2]))
+            layers.append(layer.flatten(1))
+            left = left - self._up(layer)
+        return torch.cat(layers, dim=1)
 
-    def image(self, leaves: Sequence[Tensor]) -> Tensor:
+    def image(self, leaves: Tensor) -> Tensor:
         """Return (1 + tanh(C · Σ up(P))) / 2 in the valid range."""
-        got = [tuple(layer.shape[2:]) for layer in leaves]
-        if got != self.sizes:
-            raise ValueError(
-                f"layers: expected sizes {self.sizes} for images {list(self.shape)}, got {got}; "
-                f"make them with start or invert"
-            )
-        planes = torch.stack([self._up(layer) for layer in leaves]).sum(dim=0)
+        layers = self._split(leaves, self.layers)
+        planes = torch.stack([self._up(layer) for layer in layers]).sum(dim=0)
         return self._to_range((1 + torch.tanh(self._mix(planes, self.colours))) / 2)
 
     def _up(self, layer: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from dsvlib.conditions import (
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import FrozenClassifier, flatten
 from dsvlib.logits import LossFn, entropy, is_feasible
+from dsvlib.parameterisations import KINDS, Kind, Parameterisation, parameterise
 from dsvlib.solution import Solution, Status
 from dsvlib.support_set import SupportSet
 
@@ -82,8 +83,13 @@ class SynthesisConfig:
         Value in normalised units that the norm prior pulls to: 0 is the mean colour.
     augmentation
         A, drawn afresh at every step for every sample.
+    parameterisation, start_spread, spectral_decay, colours
+        How X is written down (`dsvlib.parameterisations`): ``"pixels"`` as in the papers,
+        ``"fourier"`` or ``"multiresolution"``, which keep X inside `bounds` by themselves; the
+        standard deviation of its start (None: 1, 0.01 and 0), the exponent of the spectrum, and the
+        covariance of colours (None: that of natural images).
     resolutions
-        Resolutions to optimise at, one after the other, as fractions of the full image side, e.g.
+        Resolutions to optimise pixels at, one after the other, as fractions of the full side, e.g.
         ``(0.25, 0.5, 1.0)``; the steps are shared equally. X is up-sampled to the model's size
         before it is read. Empty: full size only.
     growing_jitter
@@ -115,6 +121,10 @@ class SynthesisConfig:
     augmentation: AugmentationConfig = field(
         default_factory=lambda: AugmentationConfig(translate=0.125, noise=0.1)
     )
+    parameterisation: Kind = "pixels"
+    start_spread: float | None = None
+    spectral_decay: float = 1.0
+    colours: tuple[tuple[float, ...], ...] | None = None
     resolutions: tuple[float, ...] = ()
     growing_jitter: bool = False
     tolerance: float = 0.0
@@ -150,6 +160,10 @@ class SynthesisConfig:
         check_choice("negative_multiplier", self.negative_multiplier, ("clamp", "remove"))
         check_choice("distance", self.distance, DISTANCES)
         check_choice("reduction", self.reduction, ("sum", "mean"))
+        check_choice("parameterisation", self.parameterisation, KINDS)
+        if self.start_spread is not None:
+            check_number("start_spread", self.start_spread, at_least=0)
+        check_number("spectral_decay", self.spectral_decay, at_least=0)
         for name in ("learning_rate", "initial_multiplier"):
             check_number(name, getattr(self, name), above=0)
         for name in ("steps", "log_every"):
@@ -172,6 +186,11 @@ class SynthesisConfig:
             raise ValueError(
                 f"resolutions: expected fractions of the image side above 0 and up to 1, got "
                 f"{self.resolutions}; e.g. (0.5, 1.0)"
+            )
+        if self.resolutions and self.parameterisation != "pixels":
+            raise ValueError(
+                f"resolutions: expected () for parameterisation {self.parameterisation!r}, which "
+                f"has all of them at once, got {self.resolutions}; leave them out"
             )
         if len(self.resolutions) > self.steps:
             raise ValueError(
@@ -252,11 +271,20 @@ def synthesize(
     theta = classifier.flat_theta
     labels = as_labels(labels).to(theta.device)
     size = tuple(int(side) for side in shape)
-    x = _start(init, len(labels), size, generator).to(theta)
     limits = check_bounds(bounds, size, theta)
+    written = parameterise(
+        config.parameterisation,
+        size,
+        bounds=limits,
+        spread=config.start_spread,
+        decay=config.spectral_decay,
+        colours=config.colours,
+    )
+    leaves = _start(init, len(labels), size, written, generator, theta)
+    limits = limits if config.parameterisation == "pixels" else None  # others never leave them
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     rates = (config.learning_rate, config.multiplier_learning_rate)
-    state = State(_inside(x, limits), multipliers, labels, generator, rates, config.betas)
+    state = State(_inside(leaves, limits), multipliers, labels, generator, rates, config.betas)
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(
@@ -265,11 +293,11 @@ def synthesize(
             model={**model.state_dict(), **{f"θ {k}": v for k, v in classifier.theta.items()}},
             config=(config, batch_size),
             labels=labels,
-            bounds=limits,
-            start=(x, started),
+            bounds=check_bounds(bounds, size, theta),
+            start=(leaves, started),
         )
         keeper.read_into(state)
-    loss = TotalLoss(classifier, config, size, batch_size)
+    loss = TotalLoss(classifier, config, written, batch_size)
     with evaluation_mode(model), torch.enable_grad():
         status = _optimise(loss, state, plan(config, size), limits, on_step, keeper)
         samples = loss.samples(state)
@@ -288,23 +316,29 @@ def synthesize(
 
 
 def _start(
-    init: Tensor | None, count: int, shape: tuple[int, ...], generator: torch.Generator
+    init: Tensor | None,
+    count: int,
+    shape: tuple[int, ...],
+    written: Parameterisation,
+    generator: torch.Generator,
+    like: Tensor,
 ) -> Tensor:
+    """Return the leaves of X, from noise or of the given images."""
     if init is None:
-        return torch.randn(count, *shape, generator=generator)
+        return written.start(count, generator).to(like)
     check_inputs(init, "init")
     if tuple(init.shape) != (count, *shape):
         raise ValueError(
             f"init: expected shape {[count, *shape]} (one start per label), got "
             f"{list(init.shape)}; resize or repeat the starting images"
         )
-    return init.detach().clone()
+    return written.invert(init.to(like))
 
 
 class Stage(NamedTuple):
     """A part of the run at one resolution."""
 
-    size: tuple[int, ...]  # of one sample of X: (C, h, w)
+    size: tuple[int, ...]  # of one sample of pixels: (C, h, w)
     steps: int
     augmentation: AugmentationConfig | None  # None: no augmented term
 
@@ -339,7 +373,7 @@ class TotalLoss:
 
     classifier: FrozenClassifier
     config: SynthesisConfig
-    shape: tuple[int, ...]  # of one sample, as the model reads it
+    written: Parameterisation
     batch_size: int | None = None
 
     def terms(
@@ -360,9 +394,9 @@ class TotalLoss:
             if view == PLAIN:
                 terms["feasible"] = is_feasible(logits, labels).to(x.dtype).mean()
                 terms["entropy"] = _entropy(logits.detach()).mean()
-                if self.config.tv_weight and x.ndim == 4:
+                if self.config.tv_weight and seen.ndim == 4:
                     terms["tv"] = image_variation(seen).mean() / seen[0].numel()
-                if self.config.norm_weight and x.ndim == 4:
+                if self.config.norm_weight and seen.ndim == 4:
                     terms["norm"] = squared_norm(seen, self.config.norm_target).mean()
         return terms
 
@@ -415,7 +449,7 @@ class TotalLoss:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            inputs = self.full_size(leaves[0].detach())
+            inputs = self.written.image(leaves[0].detach())
             raise ValueError(explain_failure(self.classifier.model, inputs, error)) from error
 
     def _measure(
@@ -451,25 +485,19 @@ class TotalLoss:
         """Return the weights of samples in Σ λᵢ ∇_θ Lᵢ: λ, or λ/n where L is averaged."""
         return multipliers / count if self.config.reduction == "mean" else multipliers
 
-    def full_size(self, x: Tensor) -> Tensor:
-        """Return X at the size that the model reads."""
-        if x.shape[1:] == self.shape:
-            return x
-        return F.interpolate(x, size=self.shape[-2:], mode="bilinear")
-
     def seen(self, state: State, total: Tensor) -> Step:
         """Return what `on_step` gets."""
         weights = self.in_sum(state.multipliers.detach(), len(state.x))
         return Step(
-            state.step, self.full_size(state.x.detach()).clone(), weights.clone(), float(total)
+            state.step, self.written.image(state.x.detach()).clone(), weights.clone(), float(total)
         )
 
     def samples(self, state: State) -> SupportSet:
         """Return X and Λ, under the cosine with the scale that fits θ best: D is blind to it."""
-        x, multipliers = self.full_size(state.x.detach()), state.multipliers.detach()
+        x, multipliers = self.written.image(state.x.detach()), state.multipliers.detach()
         weights = self.in_sum(multipliers, len(x))
         if self.config.distance == "cosine" and self.config.stationarity_weight:
-            gradient = self.gradients(x, multipliers, state.labels)[PLAIN]
+            gradient = self.gradients(state.x, multipliers, state.labels)[PLAIN]
             scale = best_scale(self.classifier.flat_theta, gradient)
             if 0 < scale < float("inf"):
                 weights = weights * scale
@@ -477,7 +505,7 @@ class TotalLoss:
 
     def _views(self, x: Tensor, numbers: Draw | None) -> dict[str, Tensor]:
         """Return X and, where A was drawn, A(X), at full size, by what their terms begin with."""
-        x = self.full_size(x)
+        x = self.written.image(x)
         return {PLAIN: x} if numbers is None else {PLAIN: x, AUGMENTED: apply(x, numbers)}
 
     def _parts(self, count: int) -> list[slice]:
@@ -517,7 +545,7 @@ def _optimise(
         if index > state.stage or not state.step:
             state.enter(index, _inside(_resized(state.x, stage.size), limits))
         for local in progress_bar(range(state.local, stage.steps), "synthesis"):
-            numbers = _draw(stage, loss.shape, state)
+            numbers = _draw(stage, loss.written.shape, state)
             terms, slopes = loss.differentiate(
                 state.x, state.multipliers, state.labels, numbers, check=not state.step
             )
@@ -568,6 +596,6 @@ def _inside(x: Tensor, limits: tuple[Tensor, Tensor] | None) -> Tensor:
 
 def _resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return X with samples of `size`, low-pass filtered where it shrinks."""
-    if x.shape[1:] == size:
+    if x.ndim == 2 or x.shape[1:] == size:  # layers and spectra have every resolution at once
         return x
     return F.interpolate(x.detach(), size[-2:], mode="bilinear", antialias=True)

@@ -50,7 +50,7 @@ def test_inverting_and_drawing_again_gives_the_image(kind, shape):
 def test_the_valid_range_is_never_left(kind):
     low, high = bounds(3)
     written = make(kind, (3, 8, 8), spread=100.0)
-    images = written.image([leaf.double() for leaf in written.start(4, rng())])
+    images = written.image(written.start(4, rng()).double())
     assert (images >= low).all()
     assert (images <= high).all()
     assert images.std() > 1, "a start this wide reaches both ends"
@@ -59,29 +59,31 @@ def test_the_valid_range_is_never_left(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind):
     written = make(kind, (3, 4, 6), spread=0.3)
-    leaves = [leaf.double().requires_grad_() for leaf in written.start(2, rng())]
-    assert torch.autograd.gradcheck(lambda *parts: written.image(parts), leaves)
+    leaves = written.start(2, rng()).double().requires_grad_()
+    assert torch.autograd.gradcheck(written.image, leaves)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_seed_gives_one_start_and_images_do_not_touch(kind):
     written = make(kind, (3, 4, 4), spread=0.5)
     first, again = (written.start(3, rng(1)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    first = [leaf.double() for leaf in first]
-    alone = written.image([leaf[1:2] for leaf in first])
+    assert torch.equal(first, again)
+    first = first.double()
+    alone = written.image(first[1:2])
     torch.testing.assert_close(written.image(first)[1:2], alone)
 
 
 def test_layers_are_summed_as_by_hand():
     written = make("multiresolution", (1, 4, 4))
     assert isinstance(written, Multiresolution)
-    assert written.sizes == [(1, 1), (2, 2), (4, 4)]
+    assert written.layers == [(1, 1, 1), (1, 2, 2), (1, 4, 4)]
     layers = [torch.full((1, 1, 1, 1), 0.2), torch.full((1, 1, 2, 2), 0.3), torch.zeros(1, 1, 4, 4)]
     layers = [layer.double() for layer in layers]
     layers[2][0, 0, 1, 2] = 0.4
     low, high = bounds(1)
-    unit = ((written.image(layers) - low) / (high - low))[0, 0]
+    unit = ((written.image(torch.cat([p.flatten(1) for p in layers], 1)) - low) / (high - low))[
+        0, 0
+    ]
     assert float(unit[0, 0]) == pytest.approx((1 + math.tanh(0.5)) / 2)
     assert float(unit[1, 2]) == pytest.approx((1 + math.tanh(0.9)) / 2)
 
@@ -92,7 +94,7 @@ def test_a_spectrum_is_summed_as_by_hand():
     leaf = torch.zeros(1, 1, 8, 5, 2, dtype=torch.float64)
     leaf[0, 0, 0, 2, 0] = 0.7  # two periods along the row, f = 1/4
     low, high = bounds(1)
-    unit = ((written.image([leaf]) - low) / (high - low))[0, 0]
+    unit = ((written.image(leaf.flatten(1)) - low) / (high - low))[0, 0]
     columns = torch.arange(8, dtype=torch.float64)
     wave = 2 * 0.7 * (1 / 4) ** -1.5 * torch.cos(2 * math.pi * 2 * columns / 8) / 8
     torch.testing.assert_close(unit, torch.sigmoid(wave / 4).expand(8, 8))
@@ -122,7 +124,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(kind):
     with pytest.raises(ValueError, match=r"colours: expected a covariance of 1 channels, got 3"):
         make(kind, (1, 8, 8), colours=NATURAL_COLOURS)
     other = make(kind, (3, 4, 4)).start(2, rng())
-    with pytest.raises(ValueError, match=r"(spectrum|layers): expected .*; make (it|them) with"):
+    with pytest.raises(ValueError, match=r"leaves: expected shape .*; make them with"):
         make(kind, (3, 8, 8)).image(other)
 
 
