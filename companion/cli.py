@@ -52,6 +52,8 @@ def reproduce(
     """Run the notebooks of a preset and rebuild its figures."""
     from companion.workflow import reproduce as run
 
+    _check_needs(preset, only or (), device, data_root)
+
     done = run(preset, only=only or (), jobs=jobs, device=device, data_root=data_root, force=force)
     if not done:
         raise DsvError("at least one notebook failed; the reasons are above")
@@ -91,6 +93,7 @@ def run_one(
     from companion.presets import plan
     from companion.workflow import run_notebook
 
+    _check_needs(preset, [name], device, data_root)
     jobs = plan(preset, only=[name], device=device, data_root=data_root)
     known = {job.repetition: job for job in jobs}
     if seed not in known:
@@ -255,6 +258,17 @@ def doctor(
     print(f"{'together, one after another':32} {total(expected)}")
     if not shipped:
         raise DsvError("no shipped classifier found; restore data/checkpoints from the repository")
+
+
+def _check_needs(
+    preset: str, only: Sequence[str], device: str | None, data_root: str | None
+) -> None:
+    from companion.data_needs import check_needs
+    from companion.presets import plan
+    from dsvlib._files import downloads_folder
+
+    parameters = [job.parameters for job in plan(preset, only=only)]
+    check_needs(parameters, device, Path(data_root or downloads_folder()))
 
 
 def _torchvision() -> str:

@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsvlib._files import checkpoint_path
+from dsvlib._files import atomic_path, checkpoints_folder, file_digest
 from dsvlib._validation import check_choice
 from dsvlib.augmentation import AugmentationConfig
 from dsvlib.classifiers.architectures import build_model
-from dsvlib.classifiers.files import load_classifier, save_classifier
+from dsvlib.classifiers.files import (
+    DIGESTS,
+    load_classifier,
+    save_classifier,
+    shipped_digests,
+)
 from dsvlib.classifiers.training import TrainConfig, accuracy, train
 from dsvlib.conditions import residuals
 from dsvlib.data.datasets import Dataset, Split, load_dataset
@@ -166,7 +171,7 @@ def classifier(
     Parameters
     ----------
     data
-        The data set that the recipe names; read only when training.
+        The data set that the recipe names, or for shipped weights one of the same classes.
     retrain
         Follow the recipe instead of loading the shipped weights.
     seed
@@ -175,9 +180,16 @@ def classifier(
     Raises ValueError for an unknown name or another data set than the recipe's.
     """
     check_choice("name", name, RECIPES)
-    if not retrain and seed is None:
-        return load_classifier(name)
     recipe = RECIPES[name]
+    if not retrain and seed is None:
+        model, metadata = load_classifier(name)
+        if metadata.get("dataset") != recipe.dataset:
+            raise ValueError(
+                f"{name}: expected a classifier of {recipe.dataset!r}, as its recipe says, got one "
+                f"of {metadata.get('dataset')!r}; run dsv train {name}"
+            )
+        if data.name == recipe.dataset or list(data.classes) == list(metadata["classes"]):
+            return model, metadata
     if data.name != recipe.dataset:
         raise ValueError(
             f"data: expected {recipe.dataset!r} for the recipe {name!r}, got {data.name!r}; "
@@ -236,5 +248,9 @@ def train_shipped(name: str, *, root: str | None = None) -> dict[str, Any]:
     recipe = RECIPES[name]
     data = load_dataset(recipe.dataset, root=root, image_size=recipe.image_size)
     model, metadata = classifier(name, data, retrain=True)
-    save_classifier(checkpoint_path(name), model, **metadata)
+    path = checkpoints_folder() / f"{name}.safetensors"
+    save_classifier(path, model, **metadata)
+    digests = shipped_digests() | {path.name: file_digest(path)}
+    with atomic_path(DIGESTS) as temporary:
+        temporary.write_text("".join(f"{digests[k]}  {k}\n" for k in sorted(digests)))
     return metadata

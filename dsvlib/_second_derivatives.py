@@ -8,7 +8,8 @@ it gets in the model, children before parents, and the first that fails is named
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,17 +60,25 @@ def _attention(
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ value
 
 
-def _multi_head_attention(
-    *args: Any, need_weights: bool = True, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """``F.multi_head_attention_forward``, which is written out where its weights are asked for."""
-    out, weights = F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
-    return out, weights if need_weights else None
+    call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    wanted = call.arguments.get("need_weights", True)
+    call.arguments["need_weights"] = True
+    out, weights = F.multi_head_attention_forward(*call.args, **call.kwargs)
+    return out, weights if wanted else None
+
+
+def _hardsigmoid(inputs: Tensor, inplace: bool = False) -> Tensor:
+    """``F.hardsigmoid``, whose native backward has no derivative of its own."""
+    del inplace  # autograd would need the values that it overwrites
+    return (inputs + 3).clamp(0, 6) / 6
 
 
 _REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
+    F.hardsigmoid: _hardsigmoid,
 }
 
 
@@ -114,32 +123,40 @@ def layer_without_second_derivative(model: nn.Module, inputs: Tensor) -> str | N
     `inputs` is what the model reads, [n, …]. The model is left as it was.
     """
     names = {module: name for name, module in model.named_modules()}
+    open_calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     seen: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
-    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        seen.append((module, args, kwargs))  # called after the forward pass: children come first
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # leaves of their own now: a layer may write into what it is given
+        given = {key: _leaf(value) for key, value in kwargs.items()}
+        open_calls.append((module, tuple(map(_leaf, args)), given))
 
-    handles = [m.register_forward_hook(remember, with_kwargs=True) for m in names]
+    def leave(*_: Any) -> None:
+        seen.append(open_calls.pop())  # children come first
+
+    handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in names]
+    handles += [m.register_forward_hook(leave) for m in names]
     try:
         with twice_differentiable(), torch.enable_grad():
-            model(inputs.detach())
-    except RuntimeError:
+            model(inputs.detach().clone())
+    except Exception:
         return None
     finally:
         for handle in handles:
             handle.remove()
-    return next((names[module] for module, *given in seen if not _twice(module, *given)), None)
+    failing = (names[module] for module, args, kwargs in seen if not _twice(module, args, kwargs))
+    return next(failing, None)
 
 
 def _twice(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the module alone can be differentiated twice in its inputs and parameters."""
-    args = tuple(_leaf(value) for value in args)
-    kwargs = {key: _leaf(value) for key, value in kwargs.items()}
     wanted = _with_history([*args, *kwargs.values(), *module.parameters()])
     try:
         with torch.enable_grad():
             with twice_differentiable():
-                out = module(*args, **kwargs)
+                out = module(*map(_copy, args), **{key: _copy(v) for key, v in kwargs.items()})
+            if isinstance(out, Mapping):
+                out = list(out.values())
             value = _energy(out if isinstance(out, tuple | list) else [out])
             if value is None or not wanted:
                 return True
@@ -165,5 +182,9 @@ def _with_history(values: Sequence[Any]) -> list[Tensor]:
 
 def _leaf(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_()
+        return value.detach().clone().requires_grad_()
     return value
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

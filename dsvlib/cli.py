@@ -10,10 +10,12 @@ interrupted. One line on stderr says why; `--debug` adds the traceback.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsvlib import __version__
-from dsvlib._errors import DsvError, RequestError
+from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import checkout, downloads_folder, file_digest
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 Register = Callable[[typer.Typer], None]
 
 INTERRUPTED = "interrupted; figures published earlier are as they were"
+MOST_PIXELS = 8  # GiB of images in one run of synthesize
 COMPANION = ("reproduce", "claims", "cell", "train", "doctor", "site", "notebooks")
 
 
@@ -150,56 +153,96 @@ def synthesize(
     ] = None,
 ) -> None:
     """Make deep support vectors of a classifier: ours, torchvision's or your own."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise RequestError(f"--out: expected a new or empty folder, got {str(out)!r}")
+    with explain("write", out):
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise RequestError(f"--out: expected a new or empty folder, got {str(out)!r}")
     if (classifier is None) == (architecture is None):
         raise RequestError("expected --classifier or --architecture, one of the two")
     if architecture is not None and (":" not in architecture or weights is None):
         raise RequestError("--architecture: expected MODULE:CALLABLE, and --weights FILE with it")
     if labels is not None and per_class is not None:
         raise RequestError("expected --labels or --per-class, got both; leave one out")
-    for option, value in (("--steps", steps), ("--per-class", per_class)):
-        if value is not None and value < 1:
-            raise RequestError(f"{option}: expected a whole number ≥ 1, got {value}")
+    _check_range("--steps", steps, 1)
+    _check_range("--per-class", per_class, 1)
+    _check_range("--seed", seed, 0, 2**63 - 1)
     given: dict[str, Any] = {
         "mean": numbers("--mean", mean, float),
         "std": numbers("--std", std, float),
         "shape": numbers("--shape", shape, int),
-        "classes": None if classes is None else classes.read_text("utf-8").split("\n"),
+        "classes": None if classes is None else _class_list(classes),
     }
-    if given["classes"] is not None:
-        given["classes"] = [line.strip() for line in given["classes"] if line.strip()]
-    import torch
+    if checkpoint is not None:
+        with explain("write", checkpoint):
+            _probe(checkpoint.parent)
+    with _new_folder(out) as folder:  # made first: what cannot be written is not begun
+        import torch
 
-    import dsvlib
+        import dsvlib
 
-    opened = dsvlib.open_classifier(
-        classifier or architecture or "", weights=weights, root=root, **given
-    )
-    if labels is None:
-        wanted = torch.arange(len(opened.classes)).repeat_interleave(per_class or 1)
-    else:
-        try:
-            wanted = opened.labels(labels.split(","))
-        except ValueError as error:
-            raise RequestError(f"--{error}") from None
-    kinds = dsvlib.SynthesisConfig
-    preset = kinds.digits if opened.dataset == "digits" else kinds.photographs
-    solution = dsvlib.synthesize(
-        opened.model,
-        wanted,
-        opened.shape,
-        config=preset() if steps is None else preset(steps=steps),
-        bounds=opened.bounds,
-        generator=torch.Generator().manual_seed(seed),
-        checkpoint=checkpoint,
-    )
-    if not solution.status.successful:
-        raise DsvError(f"{solution.status} Nothing was written; try fewer steps or another seed")
-    about = {"status": str(solution.status), "classifier": opened.name, "seed": seed}
-    with _new_folder(out) as folder:
+        opened = dsvlib.open_classifier(
+            classifier or architecture or "", weights=weights, root=root, **given
+        )
+        if labels is None:
+            _check_size(len(opened.classes) * (per_class or 1), opened.shape)
+            wanted = torch.arange(len(opened.classes)).repeat_interleave(per_class or 1)
+        else:
+            try:
+                wanted = opened.labels(labels.split(","))
+            except ValueError as error:
+                raise RequestError(f"--{error}") from None
+        kinds = dsvlib.SynthesisConfig
+        preset = kinds.digits if opened.dataset == "digits" else kinds.photographs
+        solution = dsvlib.synthesize(
+            opened.model,
+            wanted,
+            opened.shape,
+            config=preset() if steps is None else preset(steps=steps),
+            bounds=opened.bounds,
+            generator=torch.Generator().manual_seed(seed),
+            checkpoint=checkpoint,
+            keep_checkpoint=True,
+        )
+        if not solution.status.successful:
+            raise DsvError(f"{solution.status} Nothing was written; try fewer steps")
+        about = {"status": str(solution.status), "classifier": opened.name, "seed": seed}
         _write_solution(folder, solution, opened, about)
+    if checkpoint is not None:  # once all is in its place
+        checkpoint.unlink(missing_ok=True)
     print(f"{len(solution.samples)} deep support vectors in {out}. {solution.status}")
+
+
+def _check_range(option: str, value: int | None, lowest: int, highest: int | None = None) -> None:
+    if value is None or lowest <= value <= (value if highest is None else highest):
+        return
+    wanted = f"≥ {lowest}" if highest is None else f"from {lowest} to {highest}"
+    raise RequestError(f"{option}: expected a whole number {wanted}, got {value}")
+
+
+def _check_size(count: int, shape: Sequence[int]) -> None:
+    """Refuse more images than a machine holds, which are all made at once."""
+    size = 4 * count * math.prod(shape) / 2**30
+    if size > MOST_PIXELS:
+        raise RequestError(
+            f"--per-class: expected images of at most {MOST_PIXELS} GiB together, got {count} of "
+            f"{size:.3g} GiB; ask for fewer, or name some with --labels"
+        )
+
+
+def _class_list(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8 or UTF-16, with a byte order mark or without."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"--classes: expected a text file, got {error}") from error
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"--classes: expected {path} in UTF-8, got another encoding ({error.reason} at byte "
+            f"{error.start}); save it as UTF-8"
+        ) from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def numbers(option: str, text: str | None, kind: type) -> list[Any] | None:
@@ -218,12 +261,21 @@ def numbers(option: str, text: str | None, kind: type) -> list[Any] | None:
 def _new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that becomes `target` when all went well and vanishes otherwise."""
     folder = target.with_name(f".{target.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
     try:
+        with explain("write", target):
+            _probe(folder)
         yield folder
-        os.replace(folder, target)  # also over an empty folder
+        with explain("write", target):
+            os.replace(folder, target)  # also over an empty folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _probe(folder: Path) -> None:
+    """Make a folder, and a file in it for a moment: one can be made where the other cannot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as stream:
+        stream.write(b"?")
 
 
 def _write_solution(

@@ -49,8 +49,20 @@ def distance(theta: Tensor, gradient: Tensor, kind: Distance) -> Tensor:
         return (theta + gradient).abs().mean()
     if kind == "l2":
         return (theta + gradient).square().mean()
-    # gradients of confident samples are tiny: only a true zero may be rounded up
-    return 1 - F.cosine_similarity(theta, -gradient, dim=0, eps=torch.finfo(theta.dtype).tiny)
+    return 1 - _cosine(theta, -gradient)
+
+
+def _cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Return cos(a, b), 0 where one of them vanishes.
+
+    Gradients of confident samples reach 1e-30, whose squares are 0 in float32: each vector is taken
+    in units of its own largest entry.
+    """
+    units = [v.detach().abs().max() for v in (first, second)]
+    scaled = [
+        v / torch.where(unit > 0, unit, 1.0) for v, unit in zip((first, second), units, strict=True)
+    ]
+    return F.cosine_similarity(*scaled, dim=0, eps=torch.finfo(first.dtype).tiny)
 
 
 def best_scale(theta: Tensor, gradient: Tensor) -> float:
@@ -58,8 +70,11 @@ def best_scale(theta: Tensor, gradient: Tensor) -> float:
 
     The cosine is blind to the scale of λ; this one fits θ best.
     """
-    square = float(gradient.square().sum())
-    return -float(theta @ gradient) / square if square > 0 else 0.0
+    unit = float(gradient.abs().max())
+    if not unit > 0:
+        return 0.0
+    scaled = gradient / unit
+    return -float(theta @ scaled) / float(scaled.square().sum()) / unit
 
 
 def primal_loss(losses: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
@@ -118,12 +133,19 @@ class Conditions(FrozenClassifier):
             logits=logits,
         )
 
+    def best_scaled(self, inputs: Tensor, labels: Tensor, multipliers: Tensor) -> Tensor:
+        """Return λ at the scale that fits θ best, which the cosine leaves open; 0 if none does."""
+        losses, _ = self.losses(inputs.detach(), labels)
+        gradient = self.gradient(losses, multipliers.detach(), differentiable=False)
+        return multipliers.detach() * max(0.0, best_scale(self.flat_theta, flatten(gradient)))
+
 
 def deepkkt_loss(
     model: nn.Module,
     samples: SupportSet,
     *,
     params: Mapping[str, Tensor] | None = None,
+    loss_fn: LossFn | None = None,
     distance: Distance = "cosine",
     primal_weight: float = 1.0,
 ) -> Tensor:
@@ -133,7 +155,7 @@ def deepkkt_loss(
 
     Parameters
     ----------
-    params
+    params, loss_fn
         As in `weighted_gradient`.
     distance
         ``"cosine"``, ``"l1"`` (averaged per parameter) or ``"l2"`` (squared, averaged).
@@ -145,7 +167,7 @@ def deepkkt_loss(
     check_choice("distance", distance, DISTANCES)
     check_number("primal_weight", primal_weight, at_least=0)
     with evaluation_mode(model), torch.enable_grad():
-        terms = Conditions(model, params=params).terms(
+        terms = Conditions(model, params=params, loss_fn=loss_fn).terms(
             samples.inputs, samples.labels, samples.multipliers, distance
         )
         return primal_weight * terms.primal + terms.stationarity
@@ -211,6 +233,5 @@ def _compare(theta: Tensor, gradient: Tensor) -> tuple[float, float]:
     """Return ‖θ + g‖ / ‖θ‖ and cos(θ, −g) of one tensor; NaN where θ or g is zero throughout."""
     norm = theta.norm()
     relative = float((theta + gradient).norm() / norm) if norm > 0 else float("nan")
-    scale = norm * gradient.norm()
-    cosine = float(-(theta * gradient).sum() / scale) if scale > 0 else float("nan")
-    return relative, cosine
+    cosine = float(_cosine(theta.flatten(), -gradient.flatten()))
+    return relative, cosine if theta.any() and gradient.any() else float("nan")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dsvlib._validation import as_labels, check_inputs, check_label_range, check_same_length
 from dsvlib.augmentation import AugmentationConfig
-from dsvlib.classifiers.training import Labelled, TrainConfig, logits_of, train
+from dsvlib.classifiers.training import TrainConfig, logits_of, train
+from dsvlib.data.datasets import AnySplit, as_split
 from dsvlib.logits import predict
 from dsvlib.support_set import SupportSet
 
@@ -91,7 +92,7 @@ class Evaluation:
 
 def evaluate(
     samples: SupportSet,
-    test: Labelled,
+    test: AnySplit,
     *,
     build_model: Callable[[], nn.Module],
     config: EvaluationConfig | None = None,
@@ -104,7 +105,7 @@ def evaluate(
     samples
         The set to learn from; its multipliers are not used, so that every method is treated alike.
     test
-        Real test data.
+        Real test data: a split, or any torch Dataset or DataLoader of (image, label).
     build_model
         Makes a fresh network, e.g. ``lambda: build_model("convnet", num_classes=10, shape=shape)``;
         called once per seed with torch's global generator seeded and afterwards restored.
@@ -115,6 +116,9 @@ def evaluate(
     Raises ValueError where the labels do not fit the network or no seed is given.
     """
     config = config or EvaluationConfig()
+    if isinstance(seeds, int):
+        raise TypeError(f"seeds: expected several whole numbers, got {seeds}; pass range({seeds})")
+    test = as_split(test)
     target = as_labels(test.labels)
     check_same_length(test_inputs=len(check_inputs(test.inputs)), test_labels=len(target))
     target = (target.argmax(dim=1) if target.is_floating_point() else target).cpu()
@@ -124,7 +128,7 @@ def evaluate(
             torch.manual_seed(seed)
             network = build_model()
         outputs = logits_of(network, samples.inputs[:1]).shape[1]
-        for labels in (samples.labels, as_labels(test.labels)):
+        for labels in (as_labels(samples.labels), as_labels(test.labels)):
             check_label_range(labels, outputs)
         logits_of(network, test.inputs[:1])  # a wrong shape is told before the training
         train(network, samples, config=config.training, generator=_batch_stream(seed))

@@ -1,9 +1,16 @@
-"""A classifier that is read and never changed: Φ(·; θ) with θ frozen."""
+"""A classifier that is read and never changed: Φ(·; θ) with θ frozen.
+
+Networks are other people's: they may write into what they are given, count their calls, return more
+than logits, or stand inside a wrapper. `read_logits` is the one door through which they are called.
+"""
 
 from __future__ import annotations
 
+import dis
+import re
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +21,27 @@ from dsvlib._second_derivatives import twice_differentiable
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Read the model with dropout off and running statistics, then put every flag back.
+    """Read the model with dropout off and running statistics, then put flags and buffers back.
 
-    Flags are set one by one: `train()` and `eval()` may be overridden and do more.
+    Flags are set one by one: `train()` and `eval()` may be overridden and do more. A network that
+    counts its calls or observes their range changes buffers even so; they get their values back.
     """
-    before = [(module, module.training) for module in model.modules()]
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    values = [(b, b.clone()) for _, _, own in modules for b in own.values() if b is not None]
     try:
-        for module, _ in before:
+        for module, _, _ in modules:
             module.training = False
         yield
     finally:
-        for module, training in before:
+        for module, training, buffers in modules:
             module.training = training
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, before in values:
+                # a graph may still need the buffer: it is written to only where it changed
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -35,23 +51,81 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def read_logits(model: nn.Module, theta: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """Return Φ(inputs; θ), [n, K], ready to be differentiated twice. Every model is called here.
+    """Return Φ(inputs; θ), [n, K], ready to be differentiated twice.
 
-    Raises ValueError for a shape that the model cannot read, or an output that is no [n, K].
+    `theta` has parameters by name (the rest are the model's own). The network gets copies of the
+    inputs and of its buffers, and whatever it writes into them is forgotten.
+
+    Raises ValueError for a shape that the model cannot read, ValueError or TypeError for an output
+    without logits [n, K]; an error of the network's own passes, with a note on where it came from.
     """
+    network, prefix = _unwrapped(model)
+    state = {name.removeprefix(prefix): value for name, value in theta.items()}
+    state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
-        with twice_differentiable():
-            logits: Tensor = functional_call(model, dict(theta), (inputs,))
+        with _eager(), twice_differentiable():
+            output = functional_call(network, state, (inputs.clone(),))
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
-        raise ValueError(
-            f"inputs: expected a shape that the model can read, got {list(inputs.shape)}; "
-            f"compare it with the model's input shape (PyTorch says: {error})"
-        ) from error
+    except Exception as error:
+        if _is_about_shapes(error):
+            raise ValueError(
+                f"inputs: expected a shape that the model can read, got {list(inputs.shape)}; "
+                f"compare it with the model's input shape (PyTorch says: {error})"
+            ) from error
+        error.add_note(f"Raised in the model's forward pass, on inputs {list(inputs.shape)}.")
+        raise
+    logits = as_logits(output)
     if logits.ndim != 2 or len(logits) != len(inputs):
         raise ValueError(
             f"model: expected logits [n, K] for {len(inputs)} inputs, got shape "
             f"{list(logits.shape)}; wrap the model so that it returns one row per sample"
         )
     return logits
+
+
+def as_logits(output: object) -> Tensor:
+    """Return the logits that a forward pass returned: itself, its `.logits` or its "logits"."""
+    found = getattr(output, "logits", output)
+    if isinstance(found, Mapping):
+        found = found.get("logits", found)
+    if isinstance(found, Tensor) and found.is_floating_point():
+        return found
+    kind = str(found.dtype) if isinstance(found, Tensor) else type(found).__name__
+    if isinstance(found, Mapping):
+        kind += f" with {', '.join(map(repr, found)) or 'nothing'}"
+    elif isinstance(found, tuple | list):
+        kind += f" of {len(found)}"
+    raise TypeError(
+        f"model: expected a float tensor of logits [n, K], an output with .logits or a mapping "
+        f"with 'logits', got {kind}; wrap the model so that it returns the logits alone"
+    )
+
+
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the network inside a wrapper that spreads batches, and what the names begin with."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return model.module, "module."
+    return model, ""
+
+
+def _eager() -> AbstractContextManager[object]:
+    """Run compiled networks uncompiled: compiled code has no second derivative."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _is_about_shapes(error: Exception) -> bool:
+    """Whether PyTorch raised this over sizes, and no ``raise`` in the network did."""
+    if not isinstance(error, RuntimeError):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is not None:
+        raised = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+        if raised:
+            return False
+    return bool(re.search(r"shape|size|channel|dimension|multipl", str(error)))

@@ -31,9 +31,17 @@ def predict(logits: Tensor) -> Tensor:
 
 
 def is_feasible(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return which samples are classified as labelled (soft: as their largest entry), [n]."""
-    target = labels.argmax(dim=1) if labels.is_floating_point() else labels
-    return predict(logits) == target
+    """Return which samples are classified as labelled (soft: as their largest entry), [n].
+
+    Where a row of labels does not sum to 1 it says of every logit whether it is positive.
+    """
+    if not labels.is_floating_point():
+        return predict(logits) == labels
+    several = (labels.sum(dim=1) - 1).abs() > 1e-3
+    if logits.shape[1] == 1:  # one score, not one class
+        several = torch.ones_like(several)
+    signs = ((logits > 0) == (labels > 0.5)).all(dim=1)
+    return torch.where(several, signs, predict(logits) == labels.argmax(dim=1))
 
 
 def check_logits(logits: Tensor) -> None:

@@ -4,7 +4,7 @@ Two ways to fit λ ≥ 0 to θ = −Σᵢ λᵢ gᵢ, with gᵢ = ∇_θ L(Φ(x�
 
     "gradient"   min_λ D(θ, −Gᵀλ) by Adam, the paper's way. With g = Gᵀλ and v = ∂D/∂g the
                  derivative in λ is Gv, so a step is two products with G. Where G is too large to
-                 hold, they are one backward and one forward-mode pass over the samples.
+                 hold, they are three backward passes over the samples.
     "nnls"       min_λ ½‖θ + Gᵀλ‖² + (ρ/2)‖λ‖², 0 ≤ λ ≤ u, a convex problem, solved through the Gram
                  matrix K = GGᵀ and c = Gθ, with a certificate. In the cone picture −Gᵀλ is the
                  projection of θ on the cone of the −gᵢ, so it also has the largest cosine with θ.
@@ -103,7 +103,7 @@ class GradientConfig:
     negative_multiplier: Literal["clamp", "remove"] = "clamp"
     start: Literal["equal", "random"] = "equal"
     memory: float = 0.5
-    batch_size: int = 500
+    batch_size: int = 200
     tolerance: float = 0.0
     log_every: int = 10
 
@@ -138,7 +138,8 @@ def fit_multipliers(
     ----------
     model
         A trained classifier [n, …] → [n, K]; read in evaluation mode and left as it was, also after
-        an error. Its operations must be ones that `torch.func` can transform.
+        an error. Where `torch.func` cannot transform it, gradients are computed sample by sample,
+        with a warning.
     inputs, labels
         The candidates: float [n, …]; int64 [n] or float [n, K]. Moved to the model's device.
     method
@@ -260,13 +261,13 @@ def _fit_gradient(
         derivative = gradients.directional(direction, kept)
         if not bool(torch.isfinite(derivative).all() and torch.isfinite(value)):
             return _Fit(good, Status.NON_FINITE, rows)
-        if step == 0 and not bool(derivative.any()):
+        if step == 0 and not bool(derivative.any()) and _all_vanish(gradients):
             zero = torch.zeros_like(scaled)
             row = _row(zero, entropies, step=0, distance=float(value))
             return _Fit(zero, Status.NO_GRADIENTS, [row])
         good = multipliers
         if on_step is not None:
-            on_step(step, multipliers)
+            on_step(step, multipliers.clone())
         if step % config.log_every == 0 or step == config.steps:
             rows.append(_row(multipliers, entropies, step=step, distance=float(value)))
             if _has_converged(rows, config.tolerance):
@@ -286,8 +287,8 @@ def _fit_gradient(
             scaled.copy_(torch.zeros_like(scaled).index_copy_(0, kept, scaled[kept]))
         scaled.clamp_(min=0)
     if config.distance == "cosine":
-        factor = best_scale(theta, total)  # D is the same for every scale; this one fits θ best
-        multipliers = multipliers * factor if factor > 0 else multipliers
+        # D is the same for every scale; this one fits θ best, and 0 where none does
+        multipliers = multipliers * max(0.0, best_scale(theta, total))
     # the last row has the multipliers that are returned
     rows = [row for row in rows if row["step"] < step]
     rows.append(_row(multipliers, entropies, step=step, distance=float(value)))
@@ -318,6 +319,12 @@ def _start(
     if config.start == "random":
         return unit, 2 * torch.rand(count, generator=generator).to(theta)
     return unit, ones
+
+
+def _all_vanish(gradients: SampleGradients) -> bool:
+    """Whether every gᵢ is 0: only then is its product with a random vector."""
+    probe = torch.randn(len(gradients.theta), generator=torch.Generator().manual_seed(0))
+    return not bool(gradients.directional(probe.to(gradients.theta)).any())
 
 
 def _distance(theta: Tensor, gradient: Tensor, kind: Distance) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,10 @@ def rank(
         for _ in range(views):
             seen = augment(found.inputs, augmentation, generator=generator)
             robustness -= found.classifier.losses(seen, found.labels)[0].cpu().double() / views
-        size = found.theta.norm() * found.weighted_sum(multipliers).norm()
-        share = -multipliers * found.directional(found.theta) / size.clamp(min=1e-30)
+        pull = found.weighted_sum(multipliers)
+        share = -multipliers * found.directional(found.theta)
+        size = float(found.theta.norm()) * float(pull.cpu().double().norm())
+        share = share / size if size > 0 else torch.zeros_like(share)
     table = pd.DataFrame(
         {
             "label": samples.hard_labels.tolist(),
@@ -74,8 +76,9 @@ def rank(
             "share": share.tolist(),
         }
     )
-    places = table.groupby("label")[["robustness", "share"]].transform(_places)
-    table["score"] = places @ [1 - share_weight, share_weight]
+    groups = table.groupby("label")
+    firm, pull = (groups[name].transform(_places) for name in ("robustness", "share"))
+    table["score"] = (1 - share_weight) * firm + share_weight * pull
     order = table["score"].rank(method="first", ascending=False)
     table["rank"] = order.groupby(table["label"]).rank(method="first").astype(int)
     return table

@@ -1,7 +1,8 @@
 """Small sets chosen from a labelled one: by λ, at random, by geometry or by training history.
 
-All but `select` read a data set or split (x, y) and return, per class in order, `per_class` samples
-with λ = 1; `select` reads samples that hold λ. Figures for them are the controls of DSV Table 1.
+All but `select` read a data set, split, or any torch Dataset of (x, y), and return, per class in
+order, `per_class` samples with λ = 1; `select` reads samples that hold λ. Figures for them are the
+controls of DSV Table 1.
 
 Shapes: inputs [n, …], hard labels int64 [n], features [n, d]; results [K·per_class, …], one class
 after the other. Every class from 0 to the largest label (or of the class names) must be there.
@@ -23,8 +24,7 @@ from dsvlib._validation import (
     check_same_length,
 )
 from dsvlib.classifiers.architectures import embed
-from dsvlib.classifiers.training import Labelled
-from dsvlib.data.datasets import Dataset
+from dsvlib.data.datasets import AnySplit, Dataset, as_split
 from dsvlib.frozen import device_of, evaluation_mode
 from dsvlib.support_set import SupportSet
 
@@ -41,7 +41,7 @@ def select(samples: SupportSet, per_class: int) -> SupportSet:
 
 
 def random_subset(
-    split: Labelled | Dataset, per_class: int, *, generator: torch.Generator | None = None
+    split: AnySplit | Dataset, per_class: int, *, generator: torch.Generator | None = None
 ) -> SupportSet:
     """Return `per_class` samples of each class, drawn without replacement.
 
@@ -56,7 +56,7 @@ def random_subset(
 
 
 def class_means(
-    split: Labelled | Dataset, per_class: int = 1, *, generator: torch.Generator | None = None
+    split: AnySplit | Dataset, per_class: int = 1, *, generator: torch.Generator | None = None
 ) -> SupportSet:
     """Return the mean image of each class.
 
@@ -79,7 +79,7 @@ def class_means(
 
 
 def herding(
-    split: Labelled | Dataset,
+    split: AnySplit | Dataset,
     per_class: int,
     *,
     features: Tensor | None = None,
@@ -122,7 +122,7 @@ def herding(
 
 
 def k_center(
-    split: Labelled | Dataset,
+    split: AnySplit | Dataset,
     per_class: int,
     *,
     features: Tensor | None = None,
@@ -149,7 +149,7 @@ def k_center(
     return _choose(samples, per_class, cover)
 
 
-def forgetting(split: Labelled | Dataset, per_class: int, *, hits: Tensor) -> SupportSet:
+def forgetting(split: AnySplit | Dataset, per_class: int, *, hits: Tensor) -> SupportSet:
     """Return the most forgettable samples of each class (Toneva et al. 2019).
 
     `hits` [T, n] says in which of T epochs each sample was classified right; `HitRecorder` takes it
@@ -210,12 +210,12 @@ class HitRecorder:
         return torch.stack(self._epochs)
 
 
-def _as_set(split: Labelled | Dataset) -> SupportSet:
+def _as_set(split: AnySplit | Dataset) -> SupportSet:
     """Return the samples of a split, or of a data set's training part, with hard labels and λ = 1.
 
     A data set passes on its class names and normalisation, and so does a `SupportSet`.
     """
-    part = split.train if isinstance(split, Dataset) else split
+    part = split.train if isinstance(split, Dataset) else as_split(split)
     inputs, labels = check_inputs(part.inputs), as_labels(part.labels)
     check_same_length(inputs=len(inputs), labels=len(labels))
     if labels.is_floating_point():

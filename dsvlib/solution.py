@@ -21,7 +21,7 @@ class Status(Enum):
     NO_CANDIDATES = "Every candidate's multiplier turned negative; the samples are the last ones."
     OPTIMAL = "The optimality conditions hold within the tolerance; the certificate shows it."
     NOT_OPTIMAL = "The solver stopped before the optimality conditions held; see the certificate."
-    NO_GRADIENTS = "The gradients vanish, or cancel at the start; every multiplier is zero."
+    NO_GRADIENTS = "The gradients of all samples vanish; every multiplier is zero."
 
     @property
     def successful(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,19 @@ from dsvlib._files import atomic_path, read_safetensors
 from dsvlib._validation import as_labels, check_finite, check_inputs, check_same_length
 
 FORMAT = "dsvlib.support-set.v1"
+
+
+def as_targets(labels: Tensor | Sequence[int]) -> Tensor:
+    """Return labels as `as_labels` does, or as float rows [n, K] of zeros and ones.
+
+    The latter are for networks with several labels at once, which need a `loss_fn`. Rows of ones
+    throughout are refused: they tell nothing apart and are a mistake more often than not.
+    """
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2:
+        ones = labels == 1
+        if bool((ones | (labels == 0)).all()) and not bool(ones.all()):
+            return labels
+    return as_labels(labels)
 
 
 class Described(Protocol):
@@ -49,7 +63,8 @@ class SupportSet:
     inputs
         Float [n, C, H, W] (or [n, d] for tabular data), finite, in the data set's normalised units.
     labels
-        int64 [n], or float [n, K] with rows that sum to 1.
+        int64 [n], or float [n, K] with rows that sum to 1; rows of zeros and ones, of whatever sum,
+        for a network that gives several labels at once.
     multipliers
         Float [n], λ. Solvers return λ ≥ 0; a negative one is allowed here so that
         `residuals(...).dual` can report it.
@@ -69,7 +84,7 @@ class SupportSet:
 
     def __post_init__(self) -> None:
         check_inputs(self.inputs)
-        object.__setattr__(self, "labels", as_labels(self.labels))
+        object.__setattr__(self, "labels", as_targets(self.labels))
         if not isinstance(self.multipliers, Tensor) or not self.multipliers.is_floating_point():
             kind = getattr(self.multipliers, "dtype", type(self.multipliers).__name__)
             raise TypeError(

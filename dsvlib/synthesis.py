@@ -13,6 +13,7 @@ Shapes: X [n, C, H, W], Λ [n], labels int64 [n] or float [n, K].
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ from dsvlib.gradients import FrozenClassifier, flatten
 from dsvlib.logits import LossFn, entropy, is_feasible
 from dsvlib.parameterisations import KINDS, Kind, Parameterisation, parameterise
 from dsvlib.solution import Solution, Status
-from dsvlib.support_set import SupportSet
+from dsvlib.support_set import SupportSet, as_targets
 
 BLACK = -0.957  # (0 − mean) / std of the bundled digits: the colour of their background
 
@@ -75,7 +76,9 @@ class SynthesisConfig:
         D: ``"cosine"`` (blind to the scale of Λ, which is set at the end to the best one),
         ``"l1"`` or ``"l2"``.
     reduction
-        Whether λᵢ weighs L as a ``"sum"`` (the stationarity equation) or a ``"mean"`` over n.
+        Whether Λ is fitted as it weighs L in a ``"sum"`` (the stationarity equation) or in a
+        ``"mean"`` over n, where rates and starts mean the same for every n. What is returned,
+        logged or shown is always the weight in the sum: λ/n for a mean.
     stationarity_weight, primal_weight, augmented_weight, tv_weight, norm_weight
         α, β1, η, β2, β3. Total variation and squared norm are taken per pixel, averaged over
         samples, so that a weight means the same at every size. α = 0 leaves out stationarity.
@@ -97,7 +100,8 @@ class SynthesisConfig:
         ones by as much less: as many pixels of X's own at every stage, so that a coarse start is
         not shaken apart.
     tolerance
-        Stop when the loss changed by less than this fraction between two logged steps; 0 never.
+        End a resolution when the loss changed by less than this fraction between two logged steps
+        of it, and go on to the next; 0 never.
     log_every
         Steps between rows of the history.
     """
@@ -182,10 +186,25 @@ class SynthesisConfig:
                 f"minimum_multiplier: expected at most initial_multiplier="
                 f"{self.initial_multiplier!r}, got {self.minimum_multiplier!r}; lower it"
             )
-        if not all(0 < fraction <= 1 for fraction in self.resolutions):
+        if not math.isfinite(self.norm_target):
+            raise ValueError(
+                f"norm_target: expected a finite number, got {self.norm_target!r}; 0 is the mean"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"betas: expected Adam's two numbers from 0 to below 1, got {self.betas!r}; "
+                f"(0.9, 0.99) is usual"
+            )
+        if not isinstance(self.augmentation, AugmentationConfig):
+            raise TypeError(
+                f"augmentation: expected an AugmentationConfig, got {self.augmentation!r}; "
+                f"augmented_weight=0 leaves it out"
+            )
+        fractions = self.resolutions if isinstance(self.resolutions, tuple | list) else (None,)
+        if not all(isinstance(f, int | float) and 0 < f <= 1 for f in fractions):
             raise ValueError(
                 f"resolutions: expected fractions of the image side above 0 and up to 1, got "
-                f"{self.resolutions}; e.g. (0.5, 1.0)"
+                f"{self.resolutions!r}; e.g. (0.5, 1.0)"
             )
         if self.resolutions and self.parameterisation != "pixels":
             raise ValueError(
@@ -224,15 +243,18 @@ def synthesize(
     on_step: Callable[[Step], None] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
+    keep_checkpoint: bool = False,
 ) -> Solution:
     """Make one deep support vector per label from noise, or from `init` (DSV Algorithm 1).
 
     Parameters
     ----------
     model
-        A trained classifier; read in evaluation mode and left as it was, also after an error.
+        A trained classifier, [n, *shape] → [n, K]; read in evaluation mode and left as it was, also
+        after an error.
     labels
-        Class numbers [n], or float rows [n, K] that sum to 1 (soft labels).
+        Class numbers [n], or float rows [n, K] that sum to 1 (soft labels); with a `loss_fn` also
+        float rows of zeros and ones, for a network that gives several labels at once.
     shape
         One sample's shape, (C, H, W); (d,) for tabular data, without image terms.
     init
@@ -254,11 +276,13 @@ def synthesize(
         Called after every step with a `Step`; an exception from it stops the run.
     checkpoint
         File that keeps the state of the run, written whole every `checkpoint_every` steps and
-        removed at the end. Where it is there, the same call goes on from it, to the same result
-        to the last bit (on the same machine); `on_step` sees only the steps still to do.
+        removed at the end unless `keep_checkpoint`. Where it is there, the same call goes on from
+        it, to the same result to the last bit (on the same machine); `on_step` sees only the steps
+        still to do.
 
     Raises ValueError or TypeError for labels, shapes, starts or bounds that do not fit, for a model
-    without second derivatives (naming the layer), and for a checkpoint of another run. A run that
+    without second derivatives (naming the layer), one whose logits do not depend on its inputs or
+    whose parameters are not finite, and for a checkpoint of another run. A run that
     becomes non-finite ends with status `NON_FINITE` and the last finite samples.
     """
     config = config or SynthesisConfig()
@@ -269,7 +293,7 @@ def synthesize(
     started = generator.get_state()
     classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     theta = classifier.flat_theta
-    labels = as_labels(labels).to(theta.device)
+    labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
     size = tuple(int(side) for side in shape)
     limits = check_bounds(bounds, size, theta)
     written = parameterise(
@@ -297,9 +321,9 @@ def synthesize(
             start=(leaves, started),
         )
         keeper.read_into(state)
-    loss = TotalLoss(classifier, config, written, batch_size)
+    loss = TotalLoss(classifier, config, written, limits, batch_size)
     with evaluation_mode(model), torch.enable_grad():
-        status = _optimise(loss, state, plan(config, size), limits, on_step, keeper)
+        status = _optimise(loss, state, plan(config, size), on_step, keeper)
         samples = loss.samples(state)
     solution = Solution(
         samples=samples,
@@ -310,7 +334,7 @@ def synthesize(
         ),
         config=config,
     )
-    if keeper is not None:
+    if keeper is not None and not keep_checkpoint:
         keeper.remove()
     return solution
 
@@ -374,6 +398,7 @@ class TotalLoss:
     classifier: FrozenClassifier
     config: SynthesisConfig
     written: Parameterisation
+    limits: tuple[Tensor, Tensor] | None = None  # that pixels are kept inside
     batch_size: int | None = None
 
     def terms(
@@ -415,7 +440,7 @@ class TotalLoss:
 
         In batches the result is the same: a first sweep finds g and the slope of D there, a second
         one has ⟨slope, g_batch⟩ for D(g), whose derivatives in the samples are the same. With
-        `check`, a model that cannot be differentiated is told from one that can.
+        `check`, a function that forgets its second derivative is found.
         """
         count = len(x)
         measure, distances = self._measure(x, multipliers, labels, numbers)
@@ -443,7 +468,6 @@ class TotalLoss:
         total = self.total(terms)
         try:
             if check:
-                _check_reads(terms["primal"], leaves[0])
                 check_not_severed(total)
             return list(torch.autograd.grad(total, leaves, materialize_grads=True))
         except torch.OutOfMemoryError:
@@ -485,19 +509,17 @@ class TotalLoss:
         """Return the weights of samples in Σ λᵢ ∇_θ Lᵢ: λ, or λ/n where L is averaged."""
         return multipliers / count if self.config.reduction == "mean" else multipliers
 
-    def seen(self, state: State, total: Tensor) -> Step:
-        """Return what `on_step` gets."""
-        weights = self.in_sum(state.multipliers.detach(), len(state.x))
-        return Step(
-            state.step, self.written.image(state.x.detach()).clone(), weights.clone(), float(total)
-        )
+    def shown(self, state: State) -> tuple[Tensor, Tensor]:
+        """Return copies of X, at full size, and of the weights of its samples in the sum."""
+        x = self.written.image(state.x.detach())
+        x = _inside(x, self.limits).clone()  # up-sampling may round beyond them
+        return x, self.in_sum(state.multipliers.detach(), len(x)).clone()
 
     def samples(self, state: State) -> SupportSet:
         """Return X and Λ, under the cosine with the scale that fits θ best: D is blind to it."""
-        x, multipliers = self.written.image(state.x.detach()), state.multipliers.detach()
-        weights = self.in_sum(multipliers, len(x))
+        x, weights = self.shown(state)
         if self.config.distance == "cosine" and self.config.stationarity_weight:
-            gradient = self.gradients(state.x, multipliers, state.labels)[PLAIN]
+            gradient = self.gradients(state.x, state.multipliers, state.labels)[PLAIN]
             scale = best_scale(self.classifier.flat_theta, gradient)
             if 0 < scale < float("inf"):
                 weights = weights * scale
@@ -513,16 +535,6 @@ class TotalLoss:
         return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _check_reads(loss: Tensor, x: Tensor) -> None:
-    """Raise ValueError unless a loss of the logits depends on X, as far as PyTorch recorded it."""
-    (slope,) = torch.autograd.grad(loss, x, allow_unused=True, retain_graph=True)
-    if slope is None:
-        raise ValueError(
-            "model: expected logits with a derivative in the inputs, got some that do not depend "
-            "on them; leave torch.no_grad, detach and NumPy out of the model's forward"
-        )
-
-
 def _entropy(logits: Tensor) -> Tensor:
     """Return the entropy of each sample, [n]; one logit is the score of class 1 against 0."""
     if logits.shape[1] == 1:
@@ -534,7 +546,6 @@ def _optimise(
     loss: TotalLoss,
     state: State,
     stages: Sequence[Stage],
-    limits: tuple[Tensor, Tensor] | None,
     on_step: Callable[[Step], None] | None,
     keeper: Checkpoint | None,
 ) -> Status:
@@ -543,7 +554,7 @@ def _optimise(
     for index in range(state.stage, len(stages)):
         stage, status = stages[index], Status.ALL_STEPS
         if index > state.stage or not state.step:
-            state.enter(index, _inside(_resized(state.x, stage.size), limits))
+            state.enter(index, _inside(_resized(state.x, stage.size), loss.limits))
         for local in progress_bar(range(state.local, stage.steps), "synthesis"):
             numbers = _draw(stage, loss.written.shape, state)
             terms, slopes = loss.differentiate(
@@ -556,14 +567,14 @@ def _optimise(
             logged = state.log(terms, every=config.log_every, last=last)
             state.move(slopes, learning_rate_factor(config.schedule, local / stage.steps))
             with torch.no_grad():
-                state.x.copy_(_inside(state.x, limits))
+                state.x.copy_(_inside(state.x, loss.limits))
                 if config.negative_multiplier == "clamp":
                     state.multipliers.clamp_(min=config.minimum_multiplier)
                 elif not state.drop_negative():
                     state.go_back()
                     return Status.NO_CANDIDATES
             if on_step is not None:
-                on_step(loss.seen(state, terms["total"]))
+                on_step(Step(state.step, *loss.shown(state), float(terms["total"])))
             if logged and state.settled(config.tolerance):
                 status = Status.CONVERGED
                 break

@@ -242,6 +242,7 @@ def reference(case: Case, model: nn.Module, rng: torch.Generator) -> Walk:
             x, multipliers, labels = x[keep], multipliers[keep], labels[keep]
             first, second = [m[keep] for m in first], [m[keep] for m in second]
             full = x if side == SHAPE[-1] else F.interpolate(x, SHAPE[1:], mode="bilinear")
+            full = full.clamp(low, high)
             shown = multipliers / len(x) if config.reduction == "mean" else multipliers
             walk.inputs.append(full)
             walk.multipliers.append(shown)

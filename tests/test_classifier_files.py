@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dsvlib import SupportSet, build_model, load_classifier, save_classifier
+from dsvlib._files import file_digest, repository_root
+from dsvlib.classifiers.files import shipped_digests
 
 SHAPE = (1, 16, 16)
 ARCHITECTURES = {
@@ -174,3 +176,34 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         save_classifier(path, small())
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model = small()
+    with torch.no_grad():
+        model.classifier.bias[1] = torch.nan
+    save_classifier(tmp_path / "file", model)
+    with pytest.raises(ValueError, match=r"expected finite weights.* in 'classifier\.bias'"):
+        load_classifier(tmp_path / "file")
+
+
+def test_another_file_under_a_shipped_name_is_refused(tmp_path, monkeypatch):
+    for module in ("classifiers.files", "_files"):
+        monkeypatch.setattr(f"dsvlib.{module}.checkpoints_folder", lambda: tmp_path)
+    path = tmp_path / "digits-convnet.safetensors"
+    save_classifier(path, small(), dataset="digits")
+    for name in ("digits-convnet", path):
+        with pytest.raises(ValueError, match=r"expected the shipped classifier \(SHA-256 [0-9a-f]"):
+            load_classifier(name)
+    other = tmp_path / "elsewhere" / path.name  # one's own file, named by its path
+    save_classifier(other, small(), dataset="digits")
+    assert load_classifier(other)[1]["dataset"] == "digits"
+    path.unlink()
+    with pytest.raises(ValueError, match="another file"):
+        load_classifier("digits-convnet", root=other.parent)
+
+
+def test_every_shipped_file_has_its_digest():
+    folder = repository_root() / "data" / "checkpoints"
+    found = {path.name: file_digest(path) for path in folder.glob("*.safetensors")}
+    assert found == shipped_digests()

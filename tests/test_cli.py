@@ -195,6 +195,109 @@ def test_synthesis_that_fails_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["small.safetensors"]
 
 
+def test_what_is_finished_is_not_lost(
+    classifier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Writing fails after the last step: the state is still there, and a second call goes on."""
+    words = ["synthesize", "--classifier", str(classifier), "--steps", "60", "--labels", "0"]
+    words += ["--out", str(tmp_path / "made"), "--checkpoint", str(tmp_path / "state")]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_draw", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        assert run(*words) == 1
+    assert "disk full" in stderr_line(capsys)
+    assert (tmp_path / "state").is_file()
+    assert run(*words) == 0
+    resumed = dsvlib.SupportSet.load(tmp_path / "made" / "samples.safetensors")
+    assert not (tmp_path / "state").exists()
+    words[words.index(str(tmp_path / "made"))] = str(tmp_path / "again")
+    assert run(*words) == 0
+    again = dsvlib.SupportSet.load(tmp_path / "again" / "samples.safetensors")
+    assert torch.equal(resumed.inputs, again.inputs)
+
+
+def test_what_cannot_be_written_is_not_begun(
+    classifier: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(dsvlib, "open_classifier", lambda *_, **__: pytest.fail("begun"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "made", tmp_path / ("x" * 300)):
+        assert run("synthesize", "--classifier", str(classifier), "--out", str(out)) == 1
+        assert "cannot write" in stderr_line(capsys)
+    words = ["--out", str(tmp_path / "made"), "--checkpoint", str(tmp_path / "file" / "state")]
+    assert run("synthesize", "--classifier", str(classifier), *words) == 1
+    assert "cannot write" in stderr_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--seed", "-1"], 2, "--seed: expected a whole number from 0 to"),
+        (["--seed", "36893488147419103232"], 2, "--seed: expected a whole number from 0 to"),
+        (["--seed", "two"], 2, "--seed"),
+        (["--per-class", "0"], 2, "--per-class: expected a whole number ≥ 1"),
+        (["--per-class", "-3"], 2, "--per-class"),
+        (["--per-class", "1.5"], 2, "--per-class"),
+        (["--per-class", "99999999999999999999"], 2, "--per-class: expected images of at most"),
+        (["--mean", "123.7"], 1, "divide by 255"),
+        (["--shape", "1,0,8"], 1, "shape: expected (channels, height, width)"),
+        (["--shape", "1,20,20"], 1, "reads inputs of shape [2, 1, 20, 20]"),
+        (["--classes", "missing.txt"], 2, "--classes: expected a text file"),
+        (["--classes", "latin.txt"], 2, "got another encoding"),
+        (["--classes", "two.txt"], 1, "classes 2, logits 3"),
+        (["--labels", ""], 2, "--labels: expected names or numbers"),
+        (["--checkpoint", "."], 1, "checkpoint: expected a file, got the folder"),
+    ],
+)
+def test_values_out_of_range_are_one_line(
+    words: list[str], status: int, message: str, classifier: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes("pêche\nb\nc".encode("latin-1"))
+    Path("two.txt").write_text("b\nc")
+    base = ["synthesize", "--classifier", str(classifier), "--out", "made", "--steps", "2"]
+    assert run(*base, *words) == status
+    assert message in stderr_line(capsys)
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_class_lists_with_marks_and_other_line_ends(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "classes").write_bytes("pêche\r\n 猫 \r\n\r\nc".encode(encoding))
+    assert cli._class_list(tmp_path / "classes") == ["pêche", "猫", "c"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def build(:", "got SyntaxError"),
+        ("def build():\n    raise KeyError('width')", "got KeyError: 'width'"),
+        ("def build():\n    raise SystemExit(0)", "got SystemExit: 0"),
+        ("def build():\n    return undefined", "got NameError"),
+        ("def build():\n    return (1, 2)", "got tuple"),
+    ],
+)
+def test_whatever_a_users_code_does_is_one_line(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    name = f"module{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(body)
+    (tmp_path / "own.pt").write_text("<html>404</html>")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ["synthesize", "--architecture", f"{name}:build", "--weights", "own.pt"]
+    words += ["--mean", "0.5", "--std", "0.5", "--shape", "1,8,8", "--out", "made"]
+    assert run(*words) == 1
+    assert message in stderr_line(capsys)
+
+
 def test_the_picture_shows_every_image_with_its_name(tmp_path: Path) -> None:
     images = torch.linspace(0, 1, 12)[:, None, None, None].expand(12, 1, 16, 16)
     names = ["plain", "$x_$", "猫", "a name that is far too long for one picture", *"cdefghij"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dsvlib import EvaluationConfig, SupportSet, TrainConfig, evaluate, evaluation, train
 from dsvlib.augmentation import DSA
@@ -141,6 +142,15 @@ def test_soft_test_labels_count_as_their_largest(real, test_part):
     assert found.per_class.equals(hard.per_class)
 
 
+def test_any_torch_data_set_will_do(real, test_part):
+    pairs = TensorDataset(test_part.inputs, test_part.labels)
+    expected = evaluate(real, test_part, build_model=network, config=SHORT, seeds=[0])
+    for data in (pairs, DataLoader(pairs, batch_size=64)):
+        found = evaluate(real, data, build_model=network, config=SHORT, seeds=[0])
+        assert torch.equal(found.accuracies, expected.accuracies)
+        assert found.per_class.equals(expected.per_class)
+
+
 def test_data_are_untouched(real, test_part):
     copies = [t.clone() for t in (real.inputs, real.labels, test_part.inputs, test_part.labels)]
     evaluate(real, test_part, build_model=network, config=SHORT, seeds=[0])
@@ -189,6 +199,8 @@ def test_labels_must_fit_the_network(real, test_part):
 def test_no_seeds_are_refused(real, test_part):
     with pytest.raises(ValueError, match="expected at least one seed, got none"):
         evaluate(real, test_part, build_model=network, config=SHORT, seeds=[])
+    with pytest.raises(TypeError, match=r"several whole numbers, got 5; pass range\(5\)"):
+        evaluate(real, test_part, build_model=network, config=SHORT, seeds=5)
 
 
 def test_wrong_test_shapes_are_refused_before_training(real, test_part):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CLASSES, build, candidates
 from scipy import stats
+from torch.utils.data import DataLoader, TensorDataset
 
 from dsvlib import Split, SupportSet, entropy, lambda_accuracy, margin
 from dsvlib.analysis.lambda_accuracy import _correlation, pearson
@@ -113,6 +114,14 @@ def test_lambda_accuracy_of_a_network(untouched):
         assert row["multiplier_sum"] == pytest.approx(float(own.sum()))
     assert table["deviation"].sum() == pytest.approx(0)
     assert "name" not in table
+
+
+def test_lambda_accuracy_of_any_torch_data_set():
+    model, samples, test = build("conv"), candidates(9), candidates(30, seed=4)
+    pairs = TensorDataset(test.inputs, test.labels)
+    expected = lambda_accuracy(samples, model, test)
+    assert lambda_accuracy(samples, model, pairs).equals(expected)
+    assert lambda_accuracy(samples, model, DataLoader(pairs, batch_size=7)).equals(expected)
 
 
 def test_soft_labels_share_their_multiplier_out():

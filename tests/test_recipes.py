@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from companion import recipes
 from dsvlib import load_dataset
 from dsvlib._files import checkpoint_path, repository_root
+from dsvlib.classifiers import files
 from dsvlib.classifiers.files import load_classifier
 from dsvlib.classifiers.training import TrainConfig
 
@@ -56,3 +58,30 @@ def test_a_shipped_classifier_was_trained_by_its_recipe(name):
     recorded |= recorded.pop("training")
     now |= now.pop("training")
     assert recorded == {key: now[key] for key in recorded}  # settings that came later have no entry
+
+
+def test_a_classifier_of_another_data_set_is_refused(monkeypatch, digits):
+    name = "digits-convnet"
+    other = replace(digits, name="pets", classes=("cat", "dog"))
+    with pytest.raises(ValueError, match=r"data: expected 'digits' for the recipe .*, got 'pets'"):
+        recipes.classifier(name, other)
+    recipes.classifier(name, replace(digits, name="my digits"))  # images of the same classes
+    moved = replace(recipes.RECIPES[name], dataset="pets")
+    monkeypatch.setitem(recipes.RECIPES, name, moved)
+    with pytest.raises(ValueError, match=r"expected a classifier of 'pets'.* got one of 'digits'"):
+        recipes.classifier(name, other)
+
+
+def test_a_classifier_trained_anew_is_known_by_its_digest(monkeypatch, tmp_path):
+    short = replace(recipes.RECIPES["digits-convnet"], training=TrainConfig(epochs=0))
+    monkeypatch.setitem(recipes.RECIPES, "digits-convnet", short)
+    shutil.copy(files.DIGESTS, tmp_path / "SHA256SUMS")
+    for module in (recipes, files):
+        monkeypatch.setattr(module, "DIGESTS", tmp_path / "SHA256SUMS")
+        monkeypatch.setattr(module, "checkpoints_folder", lambda: tmp_path)
+    monkeypatch.setattr("dsvlib._files.checkpoints_folder", lambda: tmp_path)
+    before = files.shipped_digests()
+    recipes.train_shipped("digits-convnet")
+    after = files.shipped_digests()
+    assert {name for name in after if after[name] != before[name]} == {"digits-convnet.safetensors"}
+    load_classifier("digits-convnet")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CLASSES, build, candidates, delicate
+from torch.utils.data import DataLoader, TensorDataset
 
 from dsvlib import (
     HitRecorder,
@@ -102,6 +103,20 @@ def test_soft_labels_count_as_their_largest_entry(choose):
     samples = candidates(COUNT, soft=True)
     chosen = choose(samples, 2)
     assert chosen.labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@every
+def test_any_torch_data_set_will_do(choose, split):
+    pairs = TensorDataset(split.inputs, split.labels)
+    for data in (pairs, DataLoader(pairs, batch_size=7)):
+        if choose is CHOICES["forgetting"]:
+            chosen = forgetting(data, 2, hits=hits_of())
+        else:
+            chosen = choose(data, 2)
+        assert torch.equal(chosen.inputs, choose(split, 2).inputs)
+    for wrong in (None, "digits", 3):
+        with pytest.raises(TypeError, match="expected a Split, or a Dataset or DataLoader"):
+            forgetting(wrong, 1, hits=hits_of())
 
 
 # --- by λ ----------------------------------------------------------------------------------------

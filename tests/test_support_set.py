@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsvlib import SupportSet, save_classifier
 from dsvlib.classifiers.architectures import build_model
+from dsvlib.logits import is_feasible
 
 
 def make(count: int = 6, *, soft: bool = False) -> SupportSet:
@@ -39,6 +40,20 @@ def assert_equal(first: SupportSet, second: SupportSet) -> None:
         assert one.dtype == other.dtype
         assert torch.equal(one, other), name
     assert (first.classes, first.mean, first.std) == (second.classes, second.mean, second.std)
+
+
+# --- several labels at once ---
+
+
+def test_rows_of_zeros_and_ones_are_several_labels():
+    rows = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    samples = SupportSet(torch.zeros(2, 1, 4, 4), rows, torch.ones(2))
+    assert torch.equal(samples.labels, rows)
+    assert is_feasible(torch.tensor([[2.0, -1, 1], [-1, -1, -1]]), rows).tolist() == [True, True]
+    assert is_feasible(torch.tensor([[2.0, 1, 1], [-1, -1, 1]]), rows).tolist() == [False, False]
+    # rows that sum to 1 say which class is the most probable, as before
+    soft = torch.tensor([[0.2, 0.8, 0.0], [0.0, 0.0, 1.0]])
+    assert is_feasible(torch.tensor([[1.0, 2, 0], [5, 3, 1]]), soft).tolist() == [True, False]
 
 
 # --- a value -------------------------------------------------------------------------------------

@@ -152,6 +152,20 @@ def test_primal_only():
     assert torch.equal(solution.samples.multipliers, torch.ones(4).double())  # nothing moves them
 
 
+def test_reduction_mean_returns_the_weights_in_the_sum():
+    model = build("conv")
+    config = replace(BARE, steps=20, distance="l2", reduction="mean", multiplier_learning_rate=0.5)
+    config = replace(config, schedule="constant")
+    shown = []
+    solution = run(model, config=config, on_step=lambda step: shown.append(step.multipliers))
+    samples = solution.samples
+    assert torch.equal(shown[-1], samples.multipliers)
+    loss = deepkkt_loss(model, samples, distance="l2", primal_weight=0).item()
+    # one step more logs the loss of what this run returned
+    longer = run(model, config=replace(config, steps=21, log_every=1))
+    assert longer.history["stationarity"].iloc[-1] == pytest.approx(loss)
+
+
 def test_reduction_mean_divides_the_multipliers():
     wide = run(config=replace(BARE, steps=1, distance="l2", reduction="mean"))
     narrow = run(config=replace(BARE, steps=1, distance="l2", initial_multiplier=0.25))
@@ -237,7 +251,9 @@ def test_inputs_stay_inside_the_bounds_after_every_step(per_channel):
     low, high = (-0.4, 0.3)
     if per_channel:
         low, high = torch.tensor([-0.4, -0.1]), torch.tensor([0.3, 0.2])
-    lowest, highest = (torch.as_tensor(b).double().reshape(-1, 1, 1) for b in (low, high))
+    lowest, highest = (
+        torch.as_tensor(b, dtype=torch.float64).reshape(-1, 1, 1) for b in (low, high)
+    )
     seen = []
 
     def check(step: Step) -> None:
@@ -357,7 +373,7 @@ class BreaksAfter(nn.Module):
         self.left = calls
 
     def forward(self, logits: Tensor) -> Tensor:
-        self.left -= 1
+        self.left -= len(logits) == len(LABELS)  # calls that look at the model are of other sizes
         return logits if self.left >= 0 else logits * math.nan
 
 
@@ -399,6 +415,35 @@ def test_tolerance_ends_the_run():
     assert never.status is Status.ALL_STEPS
 
 
+def test_tolerance_ends_a_stage_and_the_run_goes_on_to_the_next():
+    config = replace(BARE, learning_rate=1e-7, multiplier_learning_rate=0.0, tolerance=1e-3)
+    config = replace(config, steps=60, log_every=4, resolutions=(0.5, 1.0))
+    seen = []
+    solution = run(config=config, on_step=lambda step: seen.append(step.inputs))
+    assert solution.status is Status.CONVERGED
+    assert list(solution.history["step"]) == [1, 4, 8, 12]  # 4 steps at half size, then 8 at full
+    assert len(seen) == 12
+
+    def rank(x: Tensor) -> int:
+        return int(torch.linalg.matrix_rank(x, rtol=1e-6).max())
+
+    assert rank(seen[3]) == 2
+    # a last stage that is cut off by its steps has not converged
+    few = run(config=replace(config, steps=8, log_every=4, tolerance=1e-3))
+    assert few.status is Status.ALL_STEPS
+
+
+def test_resumed_run_ends_its_stages_where_an_unbroken_one_does(tmp_path):
+    config = replace(LONG, tolerance=0.2, steps=40, log_every=2)
+    whole = run(config=config, generator=seeded(5))
+    assert len(whole.history) < 21
+    for at in (3, 6):
+        solution, _ = interrupted(tmp_path / "state", config, at, 1)
+        assert same(solution.samples, whole.samples)
+        assert solution.history.equals(whole.history)
+        assert solution.status is whole.status
+
+
 # --- the model -----------------------------------------------------------------------------------
 
 
@@ -427,6 +472,111 @@ def test_model_is_untouched_after_bad_input(untouched):
         run(model, labels=[0, CLASSES])
     with untouched(model), pytest.raises(ValueError, match="expected a shape"):
         run(model, shape=(3, 4, 4))
+
+
+class Cut(nn.Module):
+    """A body whose output the graph forgets, before a head that is differentiated."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.head, self.how = build("conv"), nn.Linear(CLASSES, CLASSES).double(), how
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.how == "all":
+            with torch.no_grad():
+                return self.head(self.body(inputs))
+        if self.how == "no_grad":
+            with torch.no_grad():
+                features = self.body(inputs)
+        elif self.how == "detach":
+            features = self.body(inputs).detach()
+        else:
+            features = torch.as_tensor(self.body(inputs).detach().numpy())
+        return self.head(features)
+
+
+@pytest.mark.parametrize("stationarity", [0.0, 1.0])
+@pytest.mark.parametrize("how", ["no_grad", "detach", "numpy", "all"])
+def test_logits_that_do_not_depend_on_the_inputs_are_refused(how, stationarity):
+    steps = []
+    config = replace(SHORT, stationarity_weight=stationarity)
+    with pytest.raises(ValueError, match=r"model: expected .*; .*torch\.no_grad"):
+        run(Cut(how), config=config, on_step=steps.append)
+    assert steps == []
+
+
+def test_parameters_that_are_not_finite_are_named():
+    model = build("conv")
+    with torch.no_grad():
+        model[5].weight[0, 0] = math.nan
+    with pytest.raises(
+        ValueError, match=r"finite weights, got NaN or infinite ones in '5\.weight'"
+    ):
+        run(model)
+
+
+# --- losses of one's own, and batches ------------------------------------------------------------
+
+
+def test_several_labels_at_once(tmp_path):
+    labels = torch.tensor([[1.0, 0, 1], [0, 1, 1], [0, 0, 0], [0, 1, 0]]).double()
+
+    def binary(logits: Tensor, wanted: Tensor) -> Tensor:
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        return losses.sum(dim=1)
+
+    model = build("conv")
+    config = replace(BARE, steps=200, primal_weight=5.0)
+    solution = run(model, labels, config=config, loss_fn=binary)
+    assert torch.equal(solution.samples.labels, labels)
+    with torch.no_grad():
+        assert torch.equal((model(solution.samples.inputs) > 0).double(), labels)
+    assert solution.residuals.primal == 0
+    assert solution.history["stationarity"].iloc[-1] < solution.history["stationarity"].iloc[0]
+    solution.samples.save(tmp_path / "set.safetensors")
+    assert same(SupportSet.load(tmp_path / "set.safetensors"), solution.samples)
+    with pytest.raises(ValueError, match="rows that sum to 1"):
+        run(model, labels)  # cross-entropy would take them for probabilities
+    with pytest.raises(ValueError, match="rows that sum to 1"):
+        residuals(model, solution.samples)
+
+
+def test_a_single_logit_needs_a_loss_of_ones_own():
+    model = nn.Sequential(*list(build("conv"))[:-1], nn.Linear(16, 1).double())
+
+    def logistic(logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.softplus((1 - 2 * labels) * logits[:, 0])
+
+    solution = run(model, [0, 1, 1, 0], config=replace(BARE, steps=80), loss_fn=logistic)
+    assert solution.residuals.primal == 0
+    assert 0 < solution.history["entropy"].iloc[0] <= math.log(2)
+    rows = torch.tensor([[0.0], [1], [1], [0]]).double()
+    same_one = run(
+        model, rows, config=replace(BARE, steps=80), loss_fn=lambda z, y: logistic(z, y[:, 0])
+    )
+    assert torch.equal(same_one.samples.inputs, solution.samples.inputs)
+    with pytest.raises(ValueError, match="loss_fn: expected one loss per sample"):
+        run(model, [0, 1, 1, 0], loss_fn=lambda z, y: logistic(z, y).mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
+@pytest.mark.parametrize("distance", ["cosine", "l1", "l2"])
+def test_batches_change_nothing_but_rounding(distance, batch_size):
+    config = replace(SHORT, steps=6, distance=distance, norm_weight=0.1, resolutions=(0.5, 1.0))
+    whole, parts = (run(config=config, batch_size=size) for size in (None, batch_size))
+    torch.testing.assert_close(parts.samples.inputs, whole.samples.inputs)
+    torch.testing.assert_close(parts.samples.multipliers, whole.samples.multipliers)
+    pd.testing.assert_frame_equal(parts.history[list(whole.history)], whole.history)
+
+
+def test_a_batch_is_all_that_the_model_sees_at_once():
+    sizes = []
+    model = build("conv")
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    run(model, list(range(3)) * 7, batch_size=9, config=replace(SHORT, steps=2))
+    assert max(sizes) == 9
+    with pytest.raises(ValueError, match="batch_size"):
+        run(batch_size=0)
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -479,6 +629,12 @@ def test_bad_arguments_are_refused(options, error, message):
         ({"augmented_weight": -1.0}, "augmented_weight"),
         ({"tv_weight": math.nan}, "tv_weight"),
         ({"norm_weight": -1.0}, "norm_weight"),
+        ({"norm_target": math.nan}, "norm_target: expected a finite number, got nan"),
+        ({"norm_target": -math.inf}, "norm_target"),
+        ({"betas": (0.9, 1.0)}, "betas: expected Adam's two numbers"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"resolutions": 0.5}, "resolutions: expected fractions"),
+        ({"resolutions": ("half",)}, "resolutions: expected fractions"),
         ({"resolutions": (0.5, 2)}, r"resolutions: expected fractions .* got \(0.5, 2\)"),
         ({"resolutions": (0.5, 1.0), "steps": 1}, "steps: expected at least one for each of 2"),
     ],
@@ -492,6 +648,11 @@ def test_bad_settings_are_refused(setting, message):
 def test_numbers_must_be_numbers(name):
     with pytest.raises(TypeError, match=name):
         SynthesisConfig(**{name: "3"})
+
+
+def test_augmentation_is_one():
+    with pytest.raises(TypeError, match="augmentation: expected an AugmentationConfig, got None"):
+        SynthesisConfig(augmentation=None)
 
 
 def test_steps_are_whole():

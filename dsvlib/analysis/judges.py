@@ -13,17 +13,19 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from dsvlib.classifiers.training import Labelled, logits_of
+from dsvlib.classifiers.training import logits_of
+from dsvlib.data.datasets import AnySplit, as_split
 from dsvlib.logits import predict
 from dsvlib.support_set import SupportSet
 
 Judge = Callable[[Tensor], Tensor]
 
 
-def svm_judge(split: Labelled) -> Judge:
+def svm_judge(split: AnySplit) -> Judge:
     """Return a support vector machine with a radial kernel (C = 10) trained on raw pixels."""
     from sklearn.svm import SVC
 
+    split = as_split(split)
     machine = SVC(kernel="rbf", gamma="scale", C=10)
     machine.fit(split.inputs.flatten(1).cpu().numpy(), split.labels.cpu().numpy())
 

@@ -19,7 +19,8 @@ from dsvlib._validation import (
     check_number,
     check_same_length,
 )
-from dsvlib.classifiers.training import Labelled, logits_of
+from dsvlib.classifiers.training import logits_of
+from dsvlib.data.datasets import AnySplit, as_split
 from dsvlib.logits import check_logits
 from dsvlib.support_set import SupportSet
 
@@ -103,7 +104,7 @@ def _correlation(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
     return np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
 
 
-def lambda_accuracy(samples: SupportSet, model: nn.Module, test: Labelled) -> pd.DataFrame:
+def lambda_accuracy(samples: SupportSet, model: nn.Module, test: AnySplit) -> pd.DataFrame:
     """Return the sum of λ and the test accuracy of each class, and their correlation (DSV Fig. 2b).
 
     Columns: class (number), multiplier_sum (Σ of λᵢ, soft labels share theirs out), accuracy
@@ -114,10 +115,11 @@ def lambda_accuracy(samples: SupportSet, model: nn.Module, test: Labelled) -> pd
 
     Raises ValueError for labels outside the model's classes, or a class without test samples.
     """
+    test = as_split(test)
     logits = logits_of(model, test.inputs).cpu()
     check_logits(logits)
     classes = logits.shape[1]
-    check_label_range(samples.labels, classes)
+    check_label_range(as_labels(samples.labels), classes)
     labels = as_labels(test.labels).cpu()
     check_same_length(inputs=len(logits), labels=len(labels))
     check_label_range(labels, classes)

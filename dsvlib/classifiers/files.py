@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsvlib._files import (
     PACKAGE,
     atomic_path,
     checkpoint_path,
     checkpoints_folder,
+    file_digest,
     read_safetensors,
 )
 from dsvlib.classifiers.architectures import ModelSpec, build_model
 
 FORMAT = "dsvlib.classifier.v1"
+DIGESTS = Path(__file__).with_name("SHA256SUMS")  # of the shipped ones, as sha256sum writes them
 
 
 def save_classifier(path: str | os.PathLike[str], model: nn.Module, **metadata: Any) -> None:
@@ -53,7 +56,8 @@ def load_classifier(
     wheel, in a checkout, in the cache or in the folder `root`. The metadata also holds
     `architecture`, `num_classes` and `shape`.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one, for
+    weights that are not finite, and for another file under a shipped one's name.
     """
     file = Path(path)
     if not file.exists() and file.suffix == "" and file.name == str(path):
@@ -66,6 +70,10 @@ def load_classifier(
             )
     sys.audit("dsvlib.load_classifier", str(file))  # who keeps records may listen
     tensors, header = read_safetensors(file, FORMAT, "save_classifier")
+    named = file.name == f"{path}.safetensors"
+    if named or file.resolve() == checkpoint_path(file.stem).resolve():
+        _check_digest(file)
+    check_state(tensors, file)
     try:
         spec = json.loads(header["spec"])
         with torch.random.fork_rng():  # initial weights are drawn only to be replaced
@@ -88,3 +96,28 @@ def load_classifier(
         "shape": tuple(spec["shape"]),
     }
     return model.eval(), metadata
+
+
+def check_state(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError where weights of a file are not finite."""
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(
+                f"{path}: expected finite weights, got NaN or infinite ones in {name!r}; "
+                f"train it anew or fetch it again"
+            )
+
+
+def _check_digest(file: Path) -> None:
+    known = shipped_digests().get(file.name)
+    if known is not None and file_digest(file) != known:
+        raise ValueError(
+            f"{file}: expected the shipped classifier (SHA-256 {known[:12]}…), got another file "
+            f"under its name; restore it from the repository, or give yours another name"
+        )
+
+
+def shipped_digests() -> dict[str, str]:
+    """Return the SHA-256 of every shipped classifier by file name."""
+    lines = DIGESTS.read_text(encoding="ascii").splitlines()
+    return {name: digest for digest, name in map(str.split, lines)}

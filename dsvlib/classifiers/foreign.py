@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dsvlib._files import foreign_content
 from dsvlib._validation import suggestion
-from dsvlib.classifiers.files import load_classifier
+from dsvlib.classifiers.files import check_state, load_classifier
 from dsvlib.frozen import evaluation_mode
 
 TORCHVISION = "torchvision:"
@@ -323,6 +323,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for key, wanted, got in shapes
         if wanted != got
     ]
+    check_state(state, Path(path))
     found = [*wrong, *problems]
     if found:
         others = f" and {len(found) - 1} more that do not fit" if len(found) > 1 else ""

@@ -24,6 +24,7 @@ CLASSES = {
     "fashion_mnist": "FashionMNIST",
 }
 FOLDERS = ("cifar10-jpeg", "imagenette-64")
+TEST_PARTS = ("test", "val", "valid", "validation")  # the first that is there is the test part
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,6 @@ def verify(name: str, root: Path) -> tuple[bool, str]:
     if name == "digits":
         return True, "bundled with scikit-learn"
     if name in FOLDERS or name.startswith("folder:"):
-        from dsvlib.data.folders import part_folder
-
         folder = Path(name.removeprefix("folder:")) if ":" in name else root / name
         if not all(part_folder(folder, part).is_dir() for part in ("train", "test")):
             return False, f"expected {folder}/train/<class>/* and {folder}/test/<class>/*"
@@ -89,6 +88,12 @@ def verify(name: str, root: Path) -> tuple[bool, str]:
     if not wrong:
         return True, f"{len(states)} files, MD5 as published"
     return False, f"{', '.join(wrong)}; run dsv data fetch {name} --root {root}"
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Return the folder of ``"train"`` or ``"test"``, which may be called ``val`` too."""
+    names = TEST_PARTS if part == "test" else (part,)
+    return next((folder / name for name in names if (folder / name).is_dir()), folder / part)
 
 
 def folder_digest(folder: Path) -> tuple[int, str]:

@@ -16,18 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-TEST_PARTS = ("test", "val", "valid", "validation")  # the first that is there is the test part
+from dsvlib.data.downloads import part_folder
+
 NO_IMAGES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders
 TEXTS = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yml", ".yaml", ".html", ".log", ".ini"}
 
 Array = NDArray[Any]
 Part = tuple[Tensor, Tensor]
-
-
-def part_folder(folder: Path, part: str) -> Path:
-    """Return the folder of ``"train"`` or ``"test"``, which may be called ``val`` too."""
-    names = TEST_PARTS if part == "test" else (part,)
-    return next((folder / name for name in names if (folder / name).is_dir()), folder / part)
 
 
 def read_folder(folder: Path, image_size: int | None = None) -> tuple[Part, Part, tuple[str, ...]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -21,8 +22,8 @@ from dsvlib._validation import (
 )
 from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
 from dsvlib.classifiers.architectures import build_model
-from dsvlib.classifiers.training import Labelled
-from dsvlib.data.datasets import Split
+from dsvlib.data.datasets import AnySplit, Split, as_split
+from dsvlib.frozen import evaluation_mode, read_logits
 from dsvlib.solution import Status
 from dsvlib.support_set import SupportSet
 
@@ -47,7 +48,7 @@ class MatchingConfig:
     shot
         Real images per class that may be seen; None for all.
     network, network_options
-        What `build_model` makes; depth 3 and width 128 unless said otherwise.
+        What `dsvlib.build_model` makes, where no networks of one's own are passed.
     log_every
         Steps of the images between rows of the history.
     """
@@ -67,13 +68,17 @@ class MatchingConfig:
         check_choice("init", self.init, ("noise", "real"))
         check_number("learning_rate", self.learning_rate, above=0)
         check_number("momentum", self.momentum, at_least=0)
+        if self.momentum >= 1:
+            raise ValueError(
+                f"momentum: expected a number from 0 to below 1, got {self.momentum}; SGD diverges"
+            )
         for name in ("steps", "batch_real", "log_every"):
             check_count(name, getattr(self, name))
         if self.shot is not None:
             check_count("shot", self.shot)
 
 
-def seen_images(split: Labelled, shot: int | None, *, generator: torch.Generator) -> Split:
+def seen_images(split: AnySplit, shot: int | None, *, generator: torch.Generator) -> Split:
     """Draw the `shot` real images per class that a method may see, ordered by class.
 
     `match_gradients` and `match_distributions` draw exactly these from a generator in the same
@@ -82,6 +87,7 @@ def seen_images(split: Labelled, shot: int | None, *, generator: torch.Generator
 
     Raises ValueError where a class between 0 and the highest label has none or fewer than `shot`.
     """
+    split = as_split(split)
     labels = as_labels(split.labels)
     if labels.is_floating_point():
         raise ValueError(
@@ -110,11 +116,12 @@ class Matching:
 
     def __init__(
         self,
-        split: Labelled,
+        split: AnySplit,
         per_class: int,
         config: MatchingConfig,
         bounds: Bounds | None,
         generator: torch.Generator | None,
+        build: Callable[[], nn.Module] | None = None,
     ) -> None:
         check_count("per_class", per_class)
         self.config = config
@@ -144,9 +151,27 @@ class Matching:
         self.x = start if self.limits is None else start.clamp(*self.limits)
         self.x.requires_grad_()
         self.multipliers = seen.inputs.new_ones(len(self.labels))
+        settings = {"num_classes": len(self.real), "shape": self.shape} | dict(
+            config.network_options
+        )
+        self.build = build or partial(build_model, config.network, **settings)
+        if build is not None:
+            self._try_one()
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.SGD([self.x], config.learning_rate, momentum=config.momentum)
         ]
+
+    def _try_one(self) -> None:
+        """Raise where one's own network cannot read the images, or has too few logits."""
+        with torch.random.fork_rng(devices=[]):
+            network = self.build().to(self.x)
+        with evaluation_mode(network), torch.no_grad():
+            outputs = read_logits(network, {}, self.x[:1]).shape[1]
+        if outputs < len(self.real):
+            raise ValueError(
+                f"build_model: expected networks with a logit for each of {len(self.real)} "
+                f"classes, got {outputs}; make their last layer wider"
+            )
 
     def learn_multipliers(self, initial: float, learning_rate: float) -> None:
         """Make λ a variable of the run."""
@@ -162,13 +187,7 @@ class Matching:
         seed = int(torch.randint(2**62, (), generator=self.generator))
         with torch.random.fork_rng(devices=[]):  # made on the CPU
             torch.default_generator.manual_seed(seed)
-            network = build_model(
-                self.config.network,
-                num_classes=len(self.real),
-                shape=self.shape,
-                **self.config.network_options,
-            )
-        return network.to(self.x)
+            return self.build().to(self.x)
 
     def batches(self) -> tuple[Tensor, Tensor]:
         """Return real [K, b, C, H, W] and synthetic [K, m, C, H, W] images under one draw."""
@@ -238,5 +257,7 @@ def _all_finite(*tensors: Tensor) -> bool:
 def _repeat(numbers: Draw, count: int) -> Draw:
     """Return a draw with one row per class as one with a row for each of `count` images."""
     parts = numbers._asdict().items()
-    rows = {k: v.repeat_interleave(count // len(v), 0) for k, v in parts if isinstance(v, Tensor)}
+    rows: dict[str, Any] = {
+        k: v.repeat_interleave(count // len(v), 0) for k, v in parts if isinstance(v, Tensor)
+    }
     return numbers._replace(**rows)

@@ -9,7 +9,7 @@ real images each, [K, m, C, H, W] and [K, b, C, H, W]; features [K, b, d].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from dsvlib._validation import check_choice, check_number
 from dsvlib.augmentation import DSA, AugmentationConfig
 from dsvlib.classifiers.architectures import embed
-from dsvlib.classifiers.training import Labelled
 from dsvlib.conditions import DISTANCES, Conditions, Distance, residuals
+from dsvlib.data.datasets import AnySplit
 from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig
 from dsvlib.frozen import evaluation_mode
 from dsvlib.solution import Solution
@@ -58,11 +58,12 @@ class DistributionMatchingConfig(MatchingConfig):
 
 
 def match_distributions(
-    split: Labelled,
+    split: AnySplit,
     *,
     per_class: int,
     config: DistributionMatchingConfig | None = None,
     classifier: nn.Module | None = None,
+    build_model: Callable[[], nn.Module] | None = None,
     bounds: Bounds | None = None,
     generator: torch.Generator | None = None,
 ) -> Solution:
@@ -70,17 +71,18 @@ def match_distributions(
 
     Parameters
     ----------
-    split, bounds, generator
+    split, build_model, bounds, generator
         As in `match_gradients`.
     classifier
         A trained network whose DeepKKT loss on the synthetic images is added, with multipliers λ
         of its own; read in evaluation mode and left as it was.
 
     Raises ValueError as `match_gradients` does, and for labels the classifier cannot have.
-    `residuals` are those of the classifier, or None without one.
+    Under the cosine λ is set to its best scale at the end. `residuals` are those of the classifier,
+    or None without one.
     """
     config = config or DistributionMatchingConfig()
-    run = Matching(split, per_class, config, bounds, generator)
+    run = Matching(split, per_class, config, bounds, generator, build_model)
     conditions = None if classifier is None else Conditions(classifier)
 
     def losses() -> Iterator[dict[str, Tensor]]:
@@ -105,6 +107,8 @@ def match_distributions(
     }
     with evaluation_mode(classifier):
         status, history = run.descend(losses(), config.steps, weights)
+        if conditions is not None and config.distance == "cosine" and config.deepkkt_weight:
+            run.multipliers = conditions.best_scaled(run.x, run.labels, run.multipliers)
     return Solution(run.samples(), status, history, residuals(classifier, run.samples()), config)
 
 

@@ -8,21 +8,21 @@ and b real images each, [K, m, C, H, W] and [K, b, C, H, W]; gradients [K, *para
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
-from dsvlib._second_derivatives import twice_differentiable
 from dsvlib._validation import check_count, check_number
 from dsvlib.augmentation import DSA
-from dsvlib.classifiers.training import Labelled, TrainConfig, train
+from dsvlib.classifiers.training import TrainConfig, train
+from dsvlib.data.datasets import AnySplit
 from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig
-from dsvlib.frozen import evaluation_mode
+from dsvlib.frozen import evaluation_mode, read_logits
 from dsvlib.solution import Solution
 
 
@@ -44,6 +44,11 @@ class GradientMatchingConfig(MatchingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("network_learning_rate", self.network_learning_rate, above=0)
+        if self.loops is not None and len(self.loops) != 2:
+            raise ValueError(
+                f"loops: expected two counts, (outer, inner), got {self.loops!r}; "
+                f"None takes the paper's"
+            )
         for loop in self.loops or ():
             check_count("loops", loop)
 
@@ -61,10 +66,11 @@ class GradientMatchingConfig(MatchingConfig):
 
 
 def match_gradients(
-    split: Labelled,
+    split: AnySplit,
     *,
     per_class: int,
     config: GradientMatchingConfig | None = None,
+    build_model: Callable[[], nn.Module] | None = None,
     bounds: Bounds | None = None,
     generator: torch.Generator | None = None,
 ) -> Solution:
@@ -76,6 +82,9 @@ def match_gradients(
         Real images; only `config.shot` of them per class are looked at, drawn first of all from
         `generator` as `seen_images` does, so that one seed shows every method the same images.
         The work is done on their device and in their dtype.
+    build_model
+        Makes a fresh network of one's own, as in `evaluate`; called with torch's global generator
+        seeded and afterwards restored. Default: what the config names.
     bounds
         Lowest and highest valid value, numbers or one per channel [C]; images are kept inside.
         Default: none, as in the papers.
@@ -87,7 +96,7 @@ def match_gradients(
     `residuals` is None: no trained classifier is involved.
     """
     config = config or GradientMatchingConfig()
-    run = Matching(split, per_class, config, bounds, generator)
+    run = Matching(split, per_class, config, bounds, generator, build_model)
     outer, inner = config.loops_for(per_class)
     learning = TrainConfig(
         epochs=inner,
@@ -135,14 +144,18 @@ def _real_gradients(network: nn.Module, images: Tensor) -> list[Tensor]:
     """Return the gradient of the mean loss of each class, one tensor [K, *parameter] each.
 
     One class after the other: with many images, a batched pass takes up to three times as long.
+    Differentiable in `images` where they require grad.
     """
     parameters = list(network.parameters())
+    labels = torch.arange(len(images), device=images.device)
     gradients = [
         torch.autograd.grad(
-            F.cross_entropy(network(own), own.new_full((len(own),), number, dtype=torch.int64)),
+            F.cross_entropy(read_logits(network, {}, own), label.expand(len(own))),
             parameters,
+            create_graph=images.requires_grad,
+            materialize_grads=True,
         )
-        for number, own in enumerate(images)
+        for own, label in zip(images, labels, strict=True)
     ]
     return [torch.stack(parts) for parts in zip(*gradients, strict=True)]
 
@@ -156,10 +169,14 @@ def _gradients(network: nn.Module, images: Tensor) -> list[Tensor]:
     parameters = {name: value.detach() for name, value in network.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], own: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(network, parameters, (own,)), label.expand(len(own)))
+        return F.cross_entropy(read_logits(network, parameters, own), label.expand(len(own)))
 
-    with twice_differentiable():  # attention cannot be differentiated twice without it
+    try:
         return list(vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, labels).values())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # networks of one's own that torch.func cannot transform
+        return _real_gradients(network, images)
 
 
 def _read_statistics(network: nn.Module, images: Tensor) -> None:
