@@ -45,6 +45,8 @@ class AugmentationConfig:
     fill
         Value in normalised units of pixels that move in from outside. 0 is the mean colour, the
         field's choice; images on a black background want their lowest value.
+    reflect
+        Let the image mirrored at its edge move in instead of `fill`.
     one_of
         Draw one of the transformations per call instead of all (DSA's strategy).
     """
@@ -60,6 +62,7 @@ class AugmentationConfig:
     contrast: float = 0.0
     noise: float = 0.0
     fill: float = 0.0
+    reflect: bool = False
     one_of: bool = False
 
     def __post_init__(self) -> None:
@@ -76,7 +79,7 @@ class AugmentationConfig:
 
     def strengths(self) -> dict[str, float]:
         """Return the strength of each transformation by name."""
-        names = (f.name for f in fields(self) if f.name not in ("fill", "one_of"))
+        names = (f.name for f in fields(self) if f.name not in ("fill", "reflect", "one_of"))
         return {name: getattr(self, name) for name in names}
 
 
@@ -105,6 +108,7 @@ class Draw(NamedTuple):
     keep: Tensor | None  # [m, 1, H, W], 0 inside the cut-out square
     noise: Tensor | None  # [m, C, H, W], added
     fill: float = 0.0  # value of pixels from outside the image
+    reflect: bool = False  # or the image mirrored at its edge
 
     def rows(self, part: slice) -> Draw:
         """Return the numbers of the images at `part`."""
@@ -158,7 +162,7 @@ def draw(
     if strength["noise"]:
         noise = torch.randn(count, channels, height, width, generator=generator)
         noise = put(strength["noise"] * noise)
-    return Draw(affine, brightness, saturation, contrast, keep, noise, config.fill)
+    return Draw(affine, brightness, saturation, contrast, keep, noise, config.fill, config.reflect)
 
 
 def _affine(
@@ -220,7 +224,9 @@ def apply(inputs: Tensor, numbers: Draw) -> Tensor:
         affine = numbers.affine.expand(len(inputs), 2, 3)
         grid = F.affine_grid(affine, list(inputs.shape), align_corners=False)
         # grid_sample moves in zeros, so the wanted value is made zero meanwhile
-        inputs = F.grid_sample(inputs - numbers.fill, grid, align_corners=False) + numbers.fill
+        edge = "reflection" if numbers.reflect else "zeros"
+        moved = F.grid_sample(inputs - numbers.fill, grid, padding_mode=edge, align_corners=False)
+        inputs = moved + numbers.fill
     if numbers.keep is not None:
         inputs = inputs * numbers.keep
     if numbers.noise is not None:

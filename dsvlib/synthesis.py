@@ -51,6 +51,7 @@ from dsvlib.conditions import (
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import FrozenClassifier, flatten
 from dsvlib.logits import LossFn, entropy, is_feasible
+from dsvlib.parameterisations import KINDS, Kind, Parameterisation, parameterise
 from dsvlib.solution import Solution, Status
 from dsvlib.support_set import SupportSet, as_targets
 
@@ -86,8 +87,13 @@ class SynthesisConfig:
         Value in normalised units that the norm prior pulls to: 0 is the mean colour.
     augmentation
         A, drawn afresh at every step for every sample.
+    parameterisation, start_spread, spectral_decay, colours
+        How X is written down (`dsvlib.parameterisations`): ``"pixels"`` as in the papers,
+        ``"fourier"`` or ``"multiresolution"``, which keep X inside `bounds` by themselves; the
+        standard deviation of its start (None: 1, 0.01 and 0), the exponent of the spectrum, and the
+        covariance of colours (None: that of natural images).
     resolutions
-        Resolutions to optimise at, one after the other, as fractions of the full image side, e.g.
+        Resolutions to optimise pixels at, one after the other, as fractions of the full side, e.g.
         ``(0.25, 0.5, 1.0)``; the steps are shared equally. X is up-sampled to the model's size
         before it is read. Empty: full size only.
     growing_jitter
@@ -120,6 +126,10 @@ class SynthesisConfig:
     augmentation: AugmentationConfig = field(
         default_factory=lambda: AugmentationConfig(translate=0.125, noise=0.1)
     )
+    parameterisation: Kind = "pixels"
+    start_spread: float | None = None
+    spectral_decay: float = 1.0
+    colours: tuple[tuple[float, ...], ...] | None = None
     resolutions: tuple[float, ...] = ()
     growing_jitter: bool = False
     tolerance: float = 0.0
@@ -155,6 +165,10 @@ class SynthesisConfig:
         check_choice("negative_multiplier", self.negative_multiplier, ("clamp", "remove"))
         check_choice("distance", self.distance, DISTANCES)
         check_choice("reduction", self.reduction, ("sum", "mean"))
+        check_choice("parameterisation", self.parameterisation, KINDS)
+        if self.start_spread is not None:
+            check_number("start_spread", self.start_spread, at_least=0)
+        check_number("spectral_decay", self.spectral_decay, at_least=0)
         for name in ("learning_rate", "initial_multiplier"):
             check_number(name, getattr(self, name), above=0)
         for name in ("steps", "log_every"):
@@ -192,6 +206,11 @@ class SynthesisConfig:
             raise ValueError(
                 f"resolutions: expected fractions of the image side above 0 and up to 1, got "
                 f"{self.resolutions!r}; e.g. (0.5, 1.0)"
+            )
+        if self.resolutions and self.parameterisation != "pixels":
+            raise ValueError(
+                f"resolutions: expected () for parameterisation {self.parameterisation!r}, which "
+                f"has all of them at once, got {self.resolutions}; leave them out"
             )
         if len(self.resolutions) > self.steps:
             raise ValueError(
@@ -277,11 +296,20 @@ def synthesize(
     theta = classifier.flat_theta
     labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
     size = _as_shape(shape)
-    x = _start(init, len(labels), size, generator).to(theta)
     limits = check_bounds(bounds, size, theta)
+    written = parameterise(
+        config.parameterisation,
+        size,
+        bounds=limits,
+        spread=config.start_spread,
+        decay=config.spectral_decay,
+        colours=config.colours,
+    )
+    leaves = _start(init, len(labels), size, written, generator, theta)
+    limits = limits if config.parameterisation == "pixels" else None  # others never leave them
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     rates = (config.learning_rate, config.multiplier_learning_rate)
-    state = State(_inside(x, limits), multipliers, labels, generator, rates, config.betas)
+    state = State(_inside(leaves, limits), multipliers, labels, generator, rates, config.betas)
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(
@@ -291,11 +319,11 @@ def synthesize(
             config=(config, batch_size),
             loss=getattr(loss_fn, "__qualname__", loss_fn),
             labels=labels,
-            bounds=limits,
-            start=(x, started),
+            bounds=check_bounds(bounds, size, theta),
+            start=(leaves, started),
         )
         keeper.read_into(state)
-    loss = TotalLoss(classifier, config, size, limits, batch_size)
+    loss = TotalLoss(classifier, config, written, limits, batch_size)
     with evaluation_mode(model), torch.enable_grad():
         status = _optimise(loss, state, plan(config, size), on_step, keeper)
         samples = loss.samples(state)
@@ -327,23 +355,29 @@ def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _start(
-    init: Tensor | None, count: int, shape: tuple[int, ...], generator: torch.Generator
+    init: Tensor | None,
+    count: int,
+    shape: tuple[int, ...],
+    written: Parameterisation,
+    generator: torch.Generator,
+    like: Tensor,
 ) -> Tensor:
+    """Return the leaves of X, from noise or of the given images."""
     if init is None:
-        return torch.randn(count, *shape, generator=generator)
+        return written.start(count, generator).to(like)
     check_inputs(init, "init")
     if tuple(init.shape) != (count, *shape):
         raise ValueError(
             f"init: expected shape {[count, *shape]} (one start per label), got "
             f"{list(init.shape)}; resize or repeat the starting images"
         )
-    return init.detach().clone()
+    return written.invert(init.to(like))
 
 
 class Stage(NamedTuple):
     """A part of the run at one resolution."""
 
-    size: tuple[int, ...]  # of one sample of X: (C, h, w)
+    size: tuple[int, ...]  # of one sample of pixels: (C, h, w)
     steps: int
     augmentation: AugmentationConfig | None  # None: no augmented term
 
@@ -378,8 +412,8 @@ class TotalLoss:
 
     classifier: FrozenClassifier
     config: SynthesisConfig
-    shape: tuple[int, ...]  # of one sample, as the model reads it
-    limits: tuple[Tensor, Tensor] | None = None  # that X is kept inside
+    written: Parameterisation
+    limits: tuple[Tensor, Tensor] | None = None  # that pixels are kept inside
     batch_size: int | None = None
 
     def terms(
@@ -400,9 +434,9 @@ class TotalLoss:
             if view == PLAIN:
                 terms["feasible"] = is_feasible(logits, labels).to(x.dtype).mean()
                 terms["entropy"] = _entropy(logits.detach()).mean()
-                if self.config.tv_weight and x.ndim == 4:
+                if self.config.tv_weight and seen.ndim == 4:
                     terms["tv"] = image_variation(seen).mean() / seen[0].numel()
-                if self.config.norm_weight and x.ndim == 4:
+                if self.config.norm_weight and seen.ndim == 4:
                     terms["norm"] = squared_norm(seen, self.config.norm_target).mean()
         return terms
 
@@ -454,7 +488,7 @@ class TotalLoss:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            inputs = self.full_size(leaves[0].detach())
+            inputs = self.written.image(leaves[0].detach())
             raise ValueError(explain_failure(self.classifier.model, inputs, error)) from error
 
     def _measure(
@@ -490,15 +524,9 @@ class TotalLoss:
         """Return the weights of samples in Σ λᵢ ∇_θ Lᵢ: λ, or λ/n where L is averaged."""
         return multipliers / count if self.config.reduction == "mean" else multipliers
 
-    def full_size(self, x: Tensor) -> Tensor:
-        """Return X at the size that the model reads."""
-        if x.shape[1:] == self.shape:
-            return x
-        return F.interpolate(x, size=self.shape[-2:], mode="bilinear")
-
     def shown(self, state: State) -> tuple[Tensor, Tensor]:
         """Return copies of X, at full size, and of the weights of its samples in the sum."""
-        x = self.full_size(state.x.detach())
+        x = self.written.image(state.x.detach())
         x = _inside(x, self.limits).clone()  # up-sampling may round beyond them
         return x, self.in_sum(state.multipliers.detach(), len(x)).clone()
 
@@ -506,7 +534,7 @@ class TotalLoss:
         """Return X and Λ, under the cosine with the scale that fits θ best: D is blind to it."""
         x, weights = self.shown(state)
         if self.config.distance == "cosine" and self.config.stationarity_weight:
-            gradient = self.gradients(x, state.multipliers, state.labels)[PLAIN]
+            gradient = self.gradients(state.x, state.multipliers, state.labels)[PLAIN]
             scale = best_scale(self.classifier.flat_theta, gradient)
             if 0 < scale < float("inf"):
                 weights = weights * scale
@@ -514,7 +542,7 @@ class TotalLoss:
 
     def _views(self, x: Tensor, numbers: Draw | None) -> dict[str, Tensor]:
         """Return X and, where A was drawn, A(X), at full size, by what their terms begin with."""
-        x = self.full_size(x)
+        x = self.written.image(x)
         return {PLAIN: x} if numbers is None else {PLAIN: x, AUGMENTED: apply(x, numbers)}
 
     def _parts(self, count: int) -> list[slice]:
@@ -543,7 +571,7 @@ def _optimise(
         if index > state.stage or not state.step:
             state.enter(index, _inside(_resized(state.x, stage.size), loss.limits))
         for local in progress_bar(range(state.local, stage.steps), "synthesis"):
-            numbers = _draw(stage, loss.shape, state)
+            numbers = _draw(stage, loss.written.shape, state)
             terms, slopes = loss.differentiate(
                 state.x, state.multipliers, state.labels, numbers, check=not state.step
             )
@@ -594,6 +622,6 @@ def _inside(x: Tensor, limits: tuple[Tensor, Tensor] | None) -> Tensor:
 
 def _resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return X with samples of `size`, low-pass filtered where it shrinks."""
-    if x.shape[1:] == size:
+    if x.ndim == 2 or x.shape[1:] == size:  # layers and spectra have every resolution at once
         return x
     return F.interpolate(x.detach(), size[-2:], mode="bilinear", antialias=True)

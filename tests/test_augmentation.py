@@ -285,3 +285,16 @@ def test_bad_strengths_are_refused(name):
 def test_fractions_end_at_one(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected a fraction from 0 to 1, got {value}"):
         only(**{name: value})
+
+
+def test_mirrored_edges_move_in_where_asked_for():
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    config = AugmentationConfig(translate=0.5, reflect=True)
+    seen = {float(v) for seed in range(40) for v in moved_once(image, config, seed).flatten()}
+    assert seen <= set(range(16)), "no other value than those of the image"
+    shifted = moved_once(image, replace(config, reflect=False), 3)
+    assert (shifted == 0).sum() > 1, "without it, the fill moves in"
+
+
+def moved_once(image, config, seed):
+    return augment(image, config, generator=torch.Generator().manual_seed(seed)).round(decimals=3)

@@ -860,3 +860,37 @@ def test_killed_process_is_resumed(tmp_path):
     )
     assert steps[0] == 11
     assert same(resumed.samples, run(config=LONG, generator=seeded(5)).samples)
+
+
+@pytest.mark.parametrize("parameterisation", ["fourier", "multiresolution"])
+def test_other_ways_to_write_an_image_stay_inside_the_bounds_and_lower_the_loss(parameterisation):
+    low, high = torch.tensor([-2.0, -1.0]), torch.tensor([2.0, 3.0])
+    lowest, highest = (bound.double().reshape(-1, 1, 1) for bound in (low, high))
+    config = replace(
+        BARE, parameterisation=parameterisation, steps=40, learning_rate=0.05, log_every=1
+    )
+    solution = run(config=config, bounds=(low, high))
+    inputs = solution.samples.inputs
+    assert inputs.shape == (4, *SHAPE)
+    assert bool((inputs > lowest).all())
+    assert bool((inputs < highest).all())
+    assert solution.history.total.iloc[-1] < 0.9 * solution.history.total.iloc[0]
+
+
+@pytest.mark.parametrize("parameterisation", ["fourier", "multiresolution"])
+def test_a_real_start_is_inverted(parameterisation, generator):
+    init = torch.rand(4, *SHAPE, generator=generator) - 0.5
+    config = replace(
+        BARE, parameterisation=parameterisation, learning_rate=1e-9, multiplier_learning_rate=0.0
+    )
+    solution = run(init=init, config=config, bounds=(-0.6, 0.6))
+    torch.testing.assert_close(solution.samples.inputs, init.double(), rtol=0, atol=1e-3)
+
+
+def test_what_other_ways_to_write_an_image_need():
+    with pytest.raises(ValueError, match="bounds: expected the valid range"):
+        run(config=replace(BARE, parameterisation="fourier"))
+    with pytest.raises(ValueError, match=r"resolutions: expected \(\) for parameterisation"):
+        replace(BARE, parameterisation="multiresolution", resolutions=(0.5, 1.0))
+    with pytest.raises(ValueError, match="parameterisation: expected one of 'pixels'"):
+        replace(BARE, parameterisation="wavelets")
