@@ -503,6 +503,24 @@ def test_an_exact_start_is_kept():
         torch.testing.assert_close(solution.samples.multipliers, samples.multipliers)
 
 
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+def test_a_slope_of_zero_is_no_lack_of_gradients(memory):
+    """Two gradients at right angles to θ that cancel: exactly flat at equal λ, and a minimum."""
+    model = Score([1.0, 0.0], 0.0)
+    solution = fit_multipliers(
+        model,
+        torch.tensor([[0.0, 1.0], [0.0, -1.0]]).double(),
+        [1, 1],
+        method="gradient",
+        params={"weight": model.weight},
+        loss_fn=linear_loss,
+        config=GradientConfig(steps=5, distance="l2", memory=memory),
+        init=torch.tensor([2.0, 2.0]),
+    )
+    assert solution.status is Status.ALL_STEPS
+    assert solution.samples.multipliers.tolist() == [2, 2]
+
+
 def test_no_scale_fits_where_every_gradient_points_along_theta():
     model = Score([1.0, 0.0], 0.0)
     points = torch.tensor([[1.0, 0.5], [2.0, -1.0]]).double()
