@@ -169,8 +169,7 @@ def test_links_come_from_one_line(checkout: Path) -> None:
 
 
 def test_binder_builds_for_a_cpu_and_checks_itself() -> None:
-    folder = ROOT / ".binder"
-    post = folder / "postBuild"
+    post = ROOT / ".binder" / "postBuild"
     assert post.stat().st_mode & 0o111, "repo2docker runs it"
     text = post.read_text()
     assert text.startswith("#!")

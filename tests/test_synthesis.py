@@ -542,6 +542,7 @@ def test_several_labels_at_once(tmp_path):
 
 
 def test_a_single_logit_needs_a_loss_of_ones_own():
+    torch.manual_seed(0)
     model = nn.Sequential(*list(build("conv"))[:-1], nn.Linear(16, 1).double())
 
     def logistic(logits: Tensor, labels: Tensor) -> Tensor:
