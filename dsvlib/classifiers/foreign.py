@@ -333,7 +333,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for key, wanted, got in shapes
         if wanted != got
     ]
-    check_state(state, Path(path))
+    learned = dict(model.named_parameters())  # a mask among the buffers may well be −∞
+    check_state({key: value for key, value in state.items() if key in learned}, Path(path))
     found = [*wrong, *problems]
     if found:
         others = f" and {len(found) - 1} more that do not fit" if len(found) > 1 else ""
