@@ -99,21 +99,23 @@ def test_photographs_that_are_not_there_are_said_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("reproduce", "run_job"):
+    for name in ("schedule", "run_job"):
         monkeypatch.setattr(workflow, name, lambda *_, **__: pytest.fail("started"))
     assert run(*command, "--preset", "cifar10", "--data-root", str(tmp_path)) == 2
     line = stderr_line(capsys)
     assert f"copy train/<class>/* and test/<class>/* to {tmp_path}/cifar10-jpeg" in line
 
 
-def test_one_of_several_folders_of_photographs_is_enough_to_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_missing_folder_of_several_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = []
-    monkeypatch.setattr(workflow, "reproduce", lambda *_, **__: started.append(1) or True)
-    (tmp_path / "cifar10-jpeg" / "train").mkdir(parents=True)
-    assert run("reproduce", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
-    assert started
+    monkeypatch.setattr(workflow, "schedule", lambda *_, **__: pytest.fail("started"))
+    (tmp_path / "cifar10-jpeg" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "cifar10-jpeg" / "train" / "cat" / "0.png").touch()
+    assert run("reproduce", "--preset", "cifar10", "--data-root", str(tmp_path)) == 2
+    line = stderr_line(capsys)
+    assert f"to {tmp_path}/imagenette-64" in line
+    assert "cifar10-jpeg" not in line
 
 
 def test_failed_notebook_is_status_one(
@@ -199,6 +201,7 @@ def test_doctor_says_what_is_missing_and_what_it_costs(
     assert missing in printed
     assert re.search(r"^04_coresets +(up to date|.* (min|s) on \d cores?)", printed, re.MULTILINE)
     assert re.search(r"^together, .* for \d+ runs", printed, re.MULTILINE)
-    (tmp_path / "cifar10-jpeg" / "train").mkdir(parents=True)
+    (tmp_path / "cifar10-jpeg" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "cifar10-jpeg" / "train" / "cat" / "0.png").touch()
     assert run("doctor", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
     assert "data cifar10-jpeg present" in capsys.readouterr().out

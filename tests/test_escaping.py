@@ -49,7 +49,7 @@ def crafted(value: Any) -> Any:
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run whose digests are right and whose every word is evil, its seed included."""
+    """A run whose digests are right and whose every word is evil, the sidecar's seed too."""
     make_checkout(tmp_path, monkeypatch)
     with whole_run(figures_root() / "quick" / "01_line"):
         run = Run.start("01_line", preset="quick", seed=0, parameters={"word": EVIL, EVIL: 1})
@@ -63,8 +63,10 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         kept |= {"preset", "notebook"} if name == "record.json" else set()
         about = json.loads((run.directory / name).read_text())
         about = {k: v if k in kept else crafted(v) for k, v in about.items() if k != "digest"}
-        about["seed"] = EVIL
-        if name == "record.json":
+        if name == "line.json":
+            about["seed"] = EVIL  # a record with such a seed is refused as a whole
+        else:
+            about["values"] = [v | {"name": "steps"} for v in about["values"]]  # another name too
             about["files"] = {n: file_digest(run.directory / n) for n in about["files"]}
             about |= {"digest": digest(about)}
         write_json(run.directory / name, about)
