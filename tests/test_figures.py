@@ -198,6 +198,7 @@ def test_use_style_applies_to_ones_own_figures() -> None:
         assert mpl.rcParams["font.sans-serif"][0] == "DejaVu Sans"
 
 
+@pytest.mark.slow
 def test_texts_of_a_hundred_images_touch_neither_images_nor_each_other() -> None:
     rows = 10
     names = [
