@@ -100,9 +100,9 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
             "MKL_NUM_THREADS": str(threads),
             # threads that wait by spinning make a busy machine several times slower
             "OMP_WAIT_POLICY": "PASSIVE",
-        # glibc hands large blocks back at every step, and the kernel clears them anew
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+            # glibc hands large blocks back at every step, and the kernel clears them anew
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
             "MPLBACKEND": "agg",
             "PYTHONHASHSEED": "0",
             "JUPYTER_PATH": _search_path(_own_kernel(), "JUPYTER_PATH"),
