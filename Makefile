@@ -81,8 +81,7 @@ site: $(READY) ## build the pages of the recorded runs into build/site/html (PRE
 test-site: $(READY) ## read the built site in headless Chromium
 	DSV_NEEDS_BROWSER=1 $(BIN)/python -m pytest -m site tests/test_site.py $(ARGS)
 
-notebooks: $(READY) ## put the outputs of the last quick run into the committed notebooks, write student copies
-	$(BIN)/dsv notebooks refresh
+notebooks: $(READY) ## write the student copies of the notebooks
 	$(BIN)/dsv notebooks student
 
 checkpoints: $(READY) ## train the shipped classifiers anew

@@ -277,7 +277,8 @@ def write_claims(preset: str = "quick") -> list[Path]:
         for value in row.numbers or (None,):
             cells = [""] * 7 if value is None else value_cells(value)
             writer.writerow([*about, *cells, *end])
-    text = f"# Claims at preset {preset}\n\nMade by `dsv claims --scale {preset}`.\n\n"
+    text = f"# Claims at preset {preset}\n\n"
+    text += f"Written by `dsv record`; `dsv claims --scale {preset}` shows it.\n\n"
     written = []
     with explain("write to", stem.parent):
         for suffix, content in (
