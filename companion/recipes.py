@@ -6,7 +6,7 @@ checkpoint. `classifier(name, data)` loads the shipped weights; `retrain=True` f
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from dsvlib._files import atomic_path, checkpoints_folder, file_digest
 from dsvlib._validation import check_choice
 from dsvlib.augmentation import AugmentationConfig
+from dsvlib.classifiers.adversarial import AdversarialConfig, attack
 from dsvlib.classifiers.architectures import build_model
 from dsvlib.classifiers.files import (
     DIGESTS,
@@ -25,6 +26,7 @@ from dsvlib.classifiers.files import (
 from dsvlib.classifiers.training import TrainConfig, accuracy, train
 from dsvlib.conditions import residuals
 from dsvlib.data.datasets import Dataset, Split, load_dataset
+from dsvlib.logits import cross_entropy
 from dsvlib.support_set import SupportSet
 from dsvlib.synthesis import BLACK
 
@@ -44,10 +46,11 @@ class Recipe:
     start: str | None = None  # the recipe whose weights training starts from; None: fresh ones
 
 
+ATTACK_STEPS, ATTACKED = 20, 2000  # of the attack that robustness is measured by, and test images
 _SMALL: dict[str, Any] = {"width": 32, "depth": 2, "norm": "none"}
 _DEEP: dict[str, Any] = {"width": 64, "depth": 4}
 _DIGITS: dict[str, Any] = {"dataset": "digits", "architecture": "convnet"}
-_CIFAR10: dict[str, Any] = {"dataset": "cifar10-jpeg", "architecture": "convnet"}
+_CIFAR10: dict[str, Any] = {"dataset": "cifar10", "architecture": "convnet"}
 _IMAGENETTE: dict[str, Any] = {"dataset": "imagenette-64", "architecture": "convnet"}
 
 
@@ -64,6 +67,11 @@ def _cycle(epochs: int, learning_rate: float, weight_decay: float, **options: An
         schedule="one-cycle",
         **{"augmentation": _shifted(0)} | options,
     )
+
+
+def _against(radius: float, *, epochs: int, **options: Any) -> TrainConfig:
+    """Return the training on images moved against the classifier by one step of ℓ2 `radius`."""
+    return _cycle(epochs, 0.08, 1e-3, adversarial=AdversarialConfig(radius=radius), **options)
 
 
 # data/README.md tells how these settings were found.
@@ -83,6 +91,18 @@ RECIPES = {
         # little decay and more epochs: at the first recipe's decay it would learn nothing
         training=TrainConfig(epochs=400, learning_rate=0.05, weight_decay=1e-4, log_every=40),
         shuffle_labels=True,
+    ),
+    "digits-robust": Recipe(
+        purpose="the same network, trained on digits moved against it (ℓ2, 1): pictures one reads",
+        **_DIGITS,
+        options=_SMALL,
+        training=TrainConfig(
+            epochs=100,
+            learning_rate=0.05,
+            weight_decay=1e-3,
+            adversarial=AdversarialConfig(radius=1.0, steps=2),
+            log_every=10,
+        ),
     ),
     "digits-vit": Recipe(
         purpose="a vision transformer of 18,602 parameters, for notebook 11",
@@ -107,39 +127,76 @@ RECIPES = {
         ),
         seed=1000,
     ),
-    "cifar10-jpeg-convnet": Recipe(
+    "cifar10-convnet": Recipe(
+        purpose="32×32 photographs: the field's ConvNet-3 (width 128, instance norm), for accuracy",
+        **_CIFAR10,
+        options={},
+        training=_cycle(
+            30, 0.05, 7.5e-4, batch_size=64, augmentation=_shifted(0.09375), precision="bfloat16"
+        ),
+    ),
+    "cifar10-ordinary": Recipe(
         purpose="32×32 photographs: norm-free, with a decay that has taken hold when training ends",
         **_CIFAR10,
         options={"norm": "none"},
         training=_cycle(22, 0.06, 3e-3, precision="bfloat16"),
     ),
-    "cifar10-jpeg-convnet-stationary": Recipe(
-        purpose="32×32 photographs: `cifar10-jpeg-convnet` brought nearer to a stationary point",
+    "cifar10-stationary": Recipe(
+        purpose="32×32 photographs: `cifar10-ordinary` brought nearer to a stationary point",
         **_CIFAR10,
         options={"norm": "none"},
         # averaged against the noise of the batches; no augmentation, since the condition has none
         training=TrainConfig(
             epochs=6, learning_rate=1e-2, weight_decay=3e-3, schedule="halfway", average_epochs=2
         ),
-        start="cifar10-jpeg-convnet",
+        start="cifar10-ordinary",
     ),
-    "cifar10-jpeg-convnet-instance": Recipe(
-        purpose="32×32 photographs: the field's ConvNet-3 (width 128, instance norm), for accuracy",
+    "cifar10-robust": Recipe(
+        purpose="32×32 photographs: norm-free, trained on images moved against it (ℓ2, 0.5)",
         **_CIFAR10,
-        options={},
-        training=_cycle(36, 0.05, 7.5e-4, batch_size=64, augmentation=_shifted(0.09375)),
+        options={"norm": "none"},
+        training=_against(0.5, epochs=9, precision="bfloat16"),
     ),
-    "cifar10-jpeg-judge": Recipe(
-        purpose=(
-            "judge of 32×32 photographs: deeper, with batch norm and max pooling, other weights"
-        ),
+    "cifar10-robust-64": Recipe(
+        purpose="the same of half the width and fewer epochs: a worse classifier, a better teacher",
         **_CIFAR10,
-        options=_DEEP | {"norm": "batch", "pooling": "max"},
-        training=_cycle(14, 0.1, 5e-4, augmentation=_shifted(0.125)),
+        options={"norm": "none", "width": 64},
+        training=_against(0.5, epochs=5),
+    ),
+    "cifar10-judge": Recipe(
+        purpose="judge of 32×32 photographs: a ResNet-18 of a quarter of the width",
+        dataset="cifar10",
+        architecture="resnet18",
+        options={"width": 16},
+        training=_cycle(20, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
         seed=1000,
     ),
+    "cifar100-robust": Recipe(
+        purpose="a hundred classes of 32×32 photographs: norm-free, images moved (ℓ2, 0.25)",
+        dataset="cifar100",
+        architecture="convnet",
+        options={"norm": "none", "width": 64},
+        training=_against(0.25, epochs=10),
+    ),
+    "cifar100-judge": Recipe(
+        purpose="judge of the hundred classes: a ResNet-18 of a quarter of the width",
+        dataset="cifar100",
+        architecture="resnet18",
+        options={"width": 16},
+        training=_cycle(20, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
+        seed=1000,
+    ),
+    "cifar100-convnet": Recipe(
+        purpose="a hundred classes of 32×32 photographs: the field's ConvNet-3, instance norm",
+        dataset="cifar100",
+        architecture="convnet",
+        options={},
+        training=_cycle(
+            20, 0.05, 7.5e-4, batch_size=64, augmentation=_shifted(0.09375), precision="bfloat16"
+        ),
+    ),
     "imagenette-64-convnet": Recipe(
-        purpose="64×64 photographs: norm-free, as `cifar10-jpeg-convnet` one block deeper",
+        purpose="64×64 photographs: norm-free, as `cifar10-ordinary` one block deeper",
         **_IMAGENETTE,
         options=_DEEP | {"norm": "none"},
         # 9,469 images: small batches give the steps that learning takes
@@ -151,6 +208,12 @@ RECIPES = {
         architecture="resnet18",
         options={"width": 32, "stride": 2},
         training=_cycle(14, 0.1, 2e-3, batch_size=64, augmentation=_shifted(0.0625)),
+    ),
+    "imagenette-64-robust": Recipe(
+        purpose="64×64 photographs: `imagenette-64-convnet` trained on images moved (ℓ2, 1)",
+        **_IMAGENETTE,
+        options=_DEEP | {"norm": "none"},
+        training=_against(1.0, epochs=16, batch_size=32),
     ),
     "imagenette-64-judge": Recipe(
         purpose="judge of Imagenette: at half the size, with batch norm and max pooling",
@@ -239,7 +302,42 @@ def _follow(recipe: Recipe, data: Dataset, seed: int) -> tuple[nn.Module, dict[s
         "stationarity": condition.stationarity,
         "cosine": condition.cosine,
     }
+    if recipe.training.adversarial is not None:
+        metadata |= _robustness(model, data, recipe.training)
     return model.eval(), metadata
+
+
+def _robustness(model: nn.Module, data: Dataset, training: TrainConfig) -> dict[str, Any]:
+    """Return how a robust classifier stands against stronger attacks, and its own condition.
+
+    It was trained on moved images: there its loss is the one that training made stationary.
+    """
+    own = training.adversarial
+    assert own is not None
+    strong = AdversarialConfig(radius=own.radius, steps=ATTACK_STEPS)
+    some = data.test[:ATTACKED]
+    condition = residuals(
+        model, equal_multipliers(model, _moved(model, data.train, own), training.weight_decay)
+    )
+    return {
+        "robust_accuracy": accuracy(model, _moved(model, some, strong)),
+        "attack": asdict(strong) | {"test_images": len(some)},
+        "stationarity_attacked": condition.stationarity,
+        "cosine_attacked": condition.cosine,
+    }
+
+
+def _moved(model: nn.Module, split: Split, config: AdversarialConfig) -> Split:
+    """Return the images of a split, each moved against the model."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        attack(
+            model, split.inputs[part], split.labels[part], config=config, mean=split.mean,
+            std=split.std, loss_fn=cross_entropy, generator=generator,
+        )
+        for part in torch.arange(len(split)).split(500)
+    ]  # fmt: skip
+    return replace(split, inputs=torch.cat(parts))
 
 
 def train_shipped(name: str, *, root: str | None = None) -> dict[str, Any]:

@@ -41,7 +41,12 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
 }
-STATISTICS["cifar10-jpeg"] = STATISTICS["cifar10"]
+# What CIFAR itself is known by: images of each class in the two parts, mean of each channel of the
+# training pixels in [0, 1].
+KNOWN_CIFAR = {
+    "cifar10": ((5000, 1000), (0.49139968, 0.48215841, 0.44653091)),
+    "cifar100": ((500, 100), (0.50707516, 0.48654887, 0.44091784)),
+}
 
 
 class Labelled(Protocol):
@@ -209,11 +214,12 @@ def load_dataset(
     ----------
     name
         ``"digits"`` (comes with scikit-learn, works offline; 8×8 up-sampled to 16×16; a fixed
-        stratified split into 1,347 training and 450 test images), ``"cifar10"``, ``"cifar100"``,
-        ``"svhn"``, ``"mnist"``, ``"fashion_mnist"`` (torchvision's copies, downloaded on demand
-        and checked), ``"cifar10-jpeg"`` and ``"imagenette-64"`` (folders of image files below
-        `root`), or ``"folder:PATH"`` with ``PATH/train/<class>/*`` and ``PATH/test/<class>/*``
-        (or ``val``; `folders` says how files are read).
+        stratified split into 1,347 training and 450 test images), ``"cifar10"``, ``"cifar100"``
+        (folders ``root/NAME/{train,test}/<class>/*`` or torchvision's files, downloaded on demand;
+        the same images in the same order from both, and refused where they are others),
+        ``"svhn"``, ``"mnist"``, ``"fashion_mnist"`` (torchvision's), ``"imagenette-64"`` (folders
+        below `root`), or ``"folder:PATH"`` with ``PATH/train/<class>/*`` and
+        ``PATH/test/<class>/*`` (or ``val``; `folders` says how files are read).
     root
         Where downloads live (default: ``data/downloads`` in a checkout, else the cache).
     image_size
@@ -319,6 +325,54 @@ def _read_torchvision(
     return read
 
 
+def _read_cifar(name: str, from_torchvision: Reader) -> Reader:
+    """Return a reader for folders below the root, where they are, or torchvision's files.
+
+    The two keep the images in different orders; here they stand in that of the SHA-256 of their
+    pixels, so that a seed means the same batches wherever the images came from.
+    """
+
+    def read(folder: Path, _: int | None) -> _Pixels:
+        here = (folder / name).is_dir()
+        pixels = _Pixels(*read_folder(folder / name)) if here else from_torchvision(folder, None)
+        _check_cifar(name, pixels, folder / name if here else folder)
+        return pixels._replace(train=_in_order(*pixels.train), test=_in_order(*pixels.test))
+
+    return read
+
+
+def _check_cifar(name: str, pixels: _Pixels, where: Path) -> None:
+    """Raise ValueError where the images are not those of the data set that they are called by."""
+    each, means = KNOWN_CIFAR[name]
+    for part, (images, labels), expected in zip(("train", "test"), pixels[:2], each, strict=True):
+        found = sorted(set(labels.bincount(minlength=len(pixels.classes)).tolist()))
+        if tuple(images.shape[1:]) != (3, 32, 32) or found != [expected]:
+            raise ValueError(
+                f"{where}: expected {name} itself, {expected} {part} images 3×32×32 in each class, "
+                f"got {_range(found)} of {'×'.join(map(str, images.shape[1:]))}; unpack all of it, "
+                f"or call it folder:{where}"
+            )
+    got = pixels.train[0].double().mean(dim=(0, 2, 3))
+    if not torch.allclose(got, torch.tensor(means, dtype=got.dtype), rtol=0, atol=2e-6):
+        raise ValueError(
+            f"{where}: expected the pixels of {name} itself, channel means {means}, got "
+            f"{tuple(round(value, 8) for value in got.tolist())}; these were resized or compressed "
+            f"with loss: call them folder:{where}"
+        )
+
+
+def _range(counts: list[int]) -> str:
+    return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _in_order(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    raw = (images * 255).round().to(torch.uint8).contiguous().numpy()
+    keys = [hashlib.sha256(image.tobytes()).digest() for image in raw]
+    # the same image under two labels keeps one order, too
+    order = torch.tensor(sorted(range(len(keys)), key=lambda i: (keys[i], int(labels[i]))))
+    return images[order], labels[order]
+
+
 def _read_below(name: str) -> Reader:
     """Return a reader for the folders of images in ``root/<name>``, or in `root` itself."""
 
@@ -332,11 +386,12 @@ def _read_below(name: str) -> Reader:
 _BY_FLAG: tuple[dict[str, object], dict[str, object]] = ({"train": True}, {"train": False})
 _READERS: dict[str, Reader] = {
     "digits": _read_digits,
-    "cifar10": _read_torchvision("CIFAR10", *_BY_FLAG, classes=CIFAR10_CLASSES),
-    "cifar100": _read_torchvision("CIFAR100", *_BY_FLAG),
+    "cifar10": _read_cifar(
+        "cifar10", _read_torchvision("CIFAR10", *_BY_FLAG, classes=CIFAR10_CLASSES)
+    ),
+    "cifar100": _read_cifar("cifar100", _read_torchvision("CIFAR100", *_BY_FLAG)),
     "svhn": _read_torchvision("SVHN", {"split": "train"}, {"split": "test"}, classes=DIGITS),
     "mnist": _read_torchvision("MNIST", *_BY_FLAG, classes=DIGITS),
     "fashion_mnist": _read_torchvision("FashionMNIST", *_BY_FLAG),
-    "cifar10-jpeg": _read_below("cifar10-jpeg"),
     "imagenette-64": _read_below("imagenette-64"),
 }

@@ -23,7 +23,7 @@ CLASSES = {
     "mnist": "MNIST",
     "fashion_mnist": "FashionMNIST",
 }
-FOLDERS = ("cifar10-jpeg", "imagenette-64")
+FOLDERS = ("imagenette-64",)
 TEST_PARTS = ("test", "val", "valid", "validation")  # the first that is there is the test part
 
 
