@@ -50,7 +50,7 @@ from dsvlib.conditions import (
 )
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import FrozenClassifier, flatten
-from dsvlib.logits import LossFn, entropy, is_feasible
+from dsvlib.logits import CrossEntropy, LossFn, entropy, is_feasible
 from dsvlib.parameterisations import KINDS, Kind, Parameterisation, parameterise
 from dsvlib.solution import Solution, Status
 from dsvlib.support_set import SupportSet, as_targets
@@ -85,6 +85,10 @@ class SynthesisConfig:
         samples, so that a weight means the same at every size. α = 0 leaves out stationarity.
     norm_target
         Value in normalised units that the norm prior pulls to: 0 is the mean colour.
+    temperature
+        L is the cross-entropy of logits / temperature; 1 as in the papers. At a higher one samples
+        that are classified with confidence keep their part in Σ λᵢ ∇_θ Lᵢ. λ and the residuals of
+        the solution are those of this L (`CrossEntropy(temperature)`).
     augmentation
         A, drawn afresh at every step for every sample.
     parameterisation, start_spread, spectral_decay, colours
@@ -123,6 +127,7 @@ class SynthesisConfig:
     tv_weight: float = 0.1
     norm_weight: float = 0.0
     norm_target: float = 0.0
+    temperature: float = 1.0
     augmentation: AugmentationConfig = field(
         default_factory=lambda: AugmentationConfig(translate=0.125, noise=0.1)
     )
@@ -169,7 +174,7 @@ class SynthesisConfig:
         if self.start_spread is not None:
             check_number("start_spread", self.start_spread, at_least=0)
         check_number("spectral_decay", self.spectral_decay, at_least=0)
-        for name in ("learning_rate", "initial_multiplier"):
+        for name in ("learning_rate", "initial_multiplier", "temperature"):
             check_number(name, getattr(self, name), above=0)
         for name in ("steps", "log_every"):
             check_count(name, getattr(self, name))
@@ -292,9 +297,17 @@ def synthesize(
         check_count("batch_size", batch_size)
     generator = generator or torch.Generator().manual_seed(0)
     started = generator.get_state()
+    coded = as_labels(labels) if loss_fn is None else as_targets(labels)
+    if loss_fn is None:
+        loss_fn = CrossEntropy(config.temperature)
+    elif config.temperature != 1:
+        raise ValueError(
+            f"temperature: expected 1 with a loss_fn of your own, got {config.temperature!r}; "
+            f"divide the logits inside of loss_fn"
+        )
     classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     theta = classifier.flat_theta
-    labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
+    labels = coded.to(theta.device)
     size = _as_shape(shape)
     limits = check_bounds(bounds, size, theta)
     written = parameterise(
