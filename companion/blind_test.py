@@ -112,7 +112,7 @@ class BlindTest:
                 f"the notebook that makes it"
             ) from error
 
-    def ask(self, count: int | None = None, *, tile: float = 1.1) -> Figure:
+    def ask(self, count: int | None = None, *, tile: float = 0.9) -> Figure:
         """Draw the first `count` pictures (default: all) with their numbers and nothing else."""
         import numpy as np
         from PIL import Image
