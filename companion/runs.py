@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from companion.blind_test import BlindTest
     from dsvlib.support_set import SupportSet
 
 SCHEMA = 1
@@ -52,7 +53,7 @@ BADGES = {
     "paper": "paper scale",
 }
 # Beside dsvlib itself: what lies between a notebook's code and its numbers and pictures.
-BESIDE_THE_METHOD = ("figures.py", "recipes.py", "runs.py", "toy_problems.py")
+BESIDE_THE_METHOD = ("blind_test.py", "figures.py", "recipes.py", "runs.py", "toy_problems.py")
 
 
 class RecordError(DsvError):
@@ -326,6 +327,16 @@ class Run:
             samples.save(path)
             self._write_sidecar("samples", name, [path], caption=caption)
         return samples
+
+    def save_blind_test(
+        self, test: BlindTest, name: str = "blind_test", *, caption: str | None = None
+    ) -> BlindTest:
+        """Stage a blind test as ``<name>.png``, its key as CSV and a sidecar; return it."""
+        self._check_open(name)
+        with explain("write", self.directory / name):
+            written = test.save(self.staging / name)
+            self._write_sidecar("blind test", name, written, caption=caption)
+        return test
 
     def record(
         self,
