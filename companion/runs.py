@@ -48,7 +48,7 @@ COMMITTED = (".png", ".csv", ".json")  # the rest is made by a run, and named in
 BADGES = {
     "smoke": "smoke run · not a result",
     "quick": "digits · quick",
-    "cifar10": "CIFAR-10 (JPEG copy) · reduced",
+    "cifar10": "CIFAR-10 · reduced",
     "imagenette": "Imagenette 64×64 · reduced",
     "paper": "paper scale",
 }
