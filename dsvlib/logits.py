@@ -32,6 +32,7 @@ class CrossEntropy:
         check_number("temperature", self.temperature, above=0)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each sample, [n]."""
         if labels.is_floating_point():
             labels = labels.to(logits.dtype)
         if self.temperature != 1:

@@ -157,11 +157,19 @@ class SynthesisConfig:
 
     @classmethod
     def photographs(cls, **changes: Any) -> SynthesisConfig:
-        """Return a start for colour images: half size, then full; smoother; mirrored."""
+        """Return what gives photographs that people read: layers of all resolutions, needs bounds.
+
+        Chosen by looking at pictures of one CIFAR-10 classifier, one seed.
+        """
         config = cls(
+            steps=150,
+            learning_rate=0.02,
             tv_weight=0.3,
-            augmentation=AugmentationConfig(translate=0.125, flip=0.5, noise=0.1),
-            resolutions=(0.5, 1.0),
+            temperature=4.0,
+            augmentation=AugmentationConfig(
+                translate=0.125, scale=0.1, rotate=10.0, flip=0.5, noise=0.1, reflect=True
+            ),
+            parameterisation="multiresolution",
         )
         return dataclasses.replace(config, **changes)
 
@@ -212,7 +220,7 @@ class SynthesisConfig:
                 f"resolutions: expected fractions of the image side above 0 and up to 1, got "
                 f"{self.resolutions!r}; e.g. (0.5, 1.0)"
             )
-        if self.resolutions and self.parameterisation != "pixels":
+        if self.parameterisation != "pixels" and set(self.resolutions) - {1.0}:
             raise ValueError(
                 f"resolutions: expected () for parameterisation {self.parameterisation!r}, which "
                 f"has all of them at once, got {self.resolutions}; leave them out"
