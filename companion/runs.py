@@ -303,6 +303,18 @@ class Run:
         pixels = int.from_bytes(png[16:20])  # of the header: labels may have widened the figure
         return SavedFigure(name, alt, png, round(pixels * 96 / DPI))
 
+    def save_animation(
+        self, frames: Sequence[np.ndarray], name: str, *, alt: str, caption: str | None = None
+    ) -> SavedFigure:
+        """Stage pictures [H, W, 3] in [0, 1] as one animated PNG with a sidecar; return it."""
+        from companion.figures import write_animation
+
+        self._check_open(name)
+        with explain("write", self.directory / name):
+            path = write_animation(frames, self.staging / f"{name}.png", alt=alt)
+            self._write_sidecar("animation", name, [path], alt=alt, caption=caption)
+        return SavedFigure(name, alt, path.read_bytes(), frames[0].shape[1])
+
     def save_table(
         self, frame: pd.DataFrame, name: str, *, caption: str | None = None
     ) -> pd.DataFrame:
