@@ -183,7 +183,7 @@ RECIPES = {
         dataset="cifar100",
         architecture="resnet18",
         options={"width": 16},
-        training=_cycle(12, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
+        training=_cycle(8, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
         seed=1000,
     ),
     "cifar100-convnet": Recipe(
