@@ -297,6 +297,7 @@ def synthesize(
     labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
     size = _as_shape(shape)
     limits = check_bounds(bounds, size, theta)
+    kept_inside = limits if config.parameterisation == "pixels" else None  # others never leave them
     written = parameterise(
         config.parameterisation,
         size,
@@ -306,10 +307,9 @@ def synthesize(
         colours=config.colours,
     )
     leaves = _start(init, len(labels), size, written, generator, theta)
-    limits = limits if config.parameterisation == "pixels" else None  # others never leave them
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     rates = (config.learning_rate, config.multiplier_learning_rate)
-    state = State(_inside(leaves, limits), multipliers, labels, generator, rates, config.betas)
+    state = State(_inside(leaves, kept_inside), multipliers, labels, generator, rates, config.betas)
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(
@@ -319,11 +319,11 @@ def synthesize(
             config=(config, batch_size),
             loss=getattr(loss_fn, "__qualname__", loss_fn),
             labels=labels,
-            bounds=check_bounds(bounds, size, theta),
+            bounds=limits,
             start=(leaves, started),
         )
         keeper.read_into(state)
-    loss = TotalLoss(classifier, config, written, limits, batch_size)
+    loss = TotalLoss(classifier, config, written, kept_inside, batch_size)
     with evaluation_mode(model), torch.enable_grad():
         status = _optimise(loss, state, plan(config, size), on_step, keeper)
         samples = loss.samples(state)
