@@ -36,6 +36,7 @@ from dsvlib._validation import (
     check_count,
     check_inputs,
     check_number,
+    check_steps_possible,
 )
 from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
 from dsvlib.conditions import (
@@ -294,6 +295,7 @@ def synthesize(
     started = generator.get_state()
     classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     theta = classifier.flat_theta
+    check_steps_possible(theta)
     labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
     size = _as_shape(shape)
     limits = check_bounds(bounds, size, theta)
