@@ -195,7 +195,7 @@ def check_steps_possible(theta: Tensor) -> None:
 
 
 def _check_parameter(name: str, value: Tensor) -> None:
-    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(value):
         raise ValueError(
             f"model: expected parameters that have a shape, got {name!r} of a lazy layer; call the "
             f"model once on a batch of inputs"
@@ -218,8 +218,8 @@ def select_params(model: nn.Module, params: Mapping[str, Tensor] | None) -> dict
     `None` means all parameters that require grad; a subset restricts every sum to it.
     """
     named = dict(model.named_parameters())
-    for name, value in named.items():
-        _check_parameter(name, value)
+    for name, parameter in named.items():
+        _check_parameter(name, parameter)
     if params is None:
         chosen: dict[str, Tensor] = {k: p for k, p in named.items() if p.requires_grad}
     else:

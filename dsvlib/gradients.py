@@ -142,8 +142,8 @@ class FrozenClassifier:
         if not losses.requires_grad:
             raise ValueError(
                 "model: expected losses that can be differentiated in the parameters, got a "
-                "forward pass or a loss_fn that cuts the graph, or params that it does not use; take "
-                "torch.no_grad, .detach(), .data and NumPy out of it"
+                "forward pass or a loss_fn that cuts the graph, or params that it does not use; "
+                "take torch.no_grad, .detach(), .data and NumPy out of it"
             )
         parts = torch.autograd.grad(
             torch.dot(multipliers, losses),
