@@ -695,3 +695,32 @@ def test_a_layer_without_weights_or_without_gradient_has_no_cosine():
     assert rows.loc["unused", "stationarity"] == 1
     assert np.isnan(rows.loc["unused", "cosine"])
     assert rows.loc[["1.weight", "3.weight", "3.bias"]].notna().all(axis=None)
+
+
+def test_the_sum_of_gradients_has_slopes_where_the_multipliers_alone_want_them():
+    """The derivative of Σ λᵢ gᵢ in λᵢ is gᵢ."""
+    model, samples = build("dense"), candidates()
+    weights = samples.multipliers.clone().requires_grad_()
+    found = weighted_gradient(model, replace(samples, multipliers=weights))
+    direction = torch.linspace(-1, 1, len(flat(found)), dtype=torch.float64)
+    (slopes,) = torch.autograd.grad(flat(found) @ direction, weights)
+    for i, slope in enumerate(slopes):
+        unit = torch.zeros_like(samples.multipliers)
+        unit[i] = 1
+        own = flat(oracle(model, replace(samples, multipliers=unit)))
+        torch.testing.assert_close(slope, own @ direction)
+
+
+def test_a_network_that_writes_into_its_weights_keeps_them(untouched):
+    class Clamps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("dense")
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.inner[1].weight.data.clamp_(-0.1, 0.1)
+            return self.inner(inputs)
+
+    model = Clamps()
+    with untouched(model):
+        weighted_gradient(model, candidates())
