@@ -1,5 +1,6 @@
 """What notebooks use of the companion."""
 
+from . import blind_test as blind_test
 from . import figures as figures
 from . import recipes as recipes
 from . import toy_problems as toy_problems

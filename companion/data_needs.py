@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from companion.presets import Job
 from dsvlib._errors import RequestError
 from dsvlib._files import downloads_folder
-from dsvlib.data.downloads import CLASSES, FOLDERS, archives
+from dsvlib.data.downloads import CIFAR, CLASSES, FOLDERS, as_folder, has_images, present, reachable
 
 
 def data_sets(parameters: Mapping[str, Any]) -> list[str]:
@@ -34,31 +35,27 @@ def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
     for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
         if name == "digits":
             needed[name] = "present (bundled)"
-        elif name in FOLDERS:
-            there = _has_images(root / name)
+        elif name in FOLDERS or (as_folder(name, root) and not present(name, root)):
+            there = has_images(root / name)
             fix = f"missing: copy train/<class>/* and test/<class>/* to {root / name}"
             needed[name] = "present" if there else f"{fix}, or name its folder with --data-root"
         elif name.startswith("folder:"):
             path = Path(name.removeprefix("folder:"))
             needed[name] = (
                 "present"
-                if _has_images(path)
+                if has_images(path)
                 else f"missing: expected {path}/train/<class>/* and {path}/test/<class>/*"
             )
         else:
-            there = all((root / archive.path).is_file() for archive in archives(name))
-            needed[name] = "present" if there else f"missing: dsv data fetch {name} --root {root}"
+            fix = f"missing: dsv data fetch {name} --root {root}"
+            needed[name] = "present" if present(name, root) else fix
     return needed
-
-
-def _has_images(folder: Path) -> bool:
-    return any(folder.glob("train/*/*"))
 
 
 def check_machine(jobs: Sequence[Job]) -> None:
     """Raise RequestError, before any notebook starts, for a device or images that are not here.
 
-    Data sets with a published address are downloaded when they are first read.
+    Data sets whose published address answers are downloaded when they are first read.
     """
     if any(str(job.parameters["device"]).startswith("cuda") for job in jobs):
         import torch
@@ -68,8 +65,19 @@ def check_machine(jobs: Sequence[Job]) -> None:
                 "--device: expected a GPU for cuda, torch sees none here; leave the option out, or "
                 "install a CUDA build of torch (dsv doctor shows what is here)"
             )
+    answers = cache(reachable)  # a silent network is waited for once
     for job in jobs:
-        where = job.parameters["data_root"]
-        for name, state in data_needed([job], Path(where) if where else None).items():
-            if state.startswith("missing") and name not in CLASSES:
+        where = Path(job.parameters["data_root"] or downloads_folder())
+        for name, state in data_needed([job], where).items():
+            if not state.startswith("missing"):
+                continue
+            if name not in CLASSES or as_folder(name, where):
                 raise RequestError(f"{job.name} needs the images of {name}; {state}")
+            if not answers(name):
+                what = "train/<class>/* and test/<class>/*" if name in CIFAR else "its files"
+                target = where / name if name in CIFAR else where
+                raise RequestError(
+                    f"{job.name} needs the images of {name}; {state}, but its address does not "
+                    f"answer; copy {what} to {target}, or "
+                    f"name where they are with --data-root"
+                )

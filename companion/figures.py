@@ -86,6 +86,43 @@ def _styled(function: Callable[P, T]) -> Callable[P, T]:
     return inside
 
 
+def raise_contrast(images: np.ndarray, *, share: float = 0.01) -> np.ndarray:
+    """Return images [n, C, H, W] in [0, 1], each stretched until `share` of it clips at each end.
+
+    One stretch for all channels of an image, so that grey stays grey. The papers show theirs so.
+    """
+    pixels = _check_images(images).transpose(0, 3, 1, 2)
+    low, high = (
+        np.quantile(pixels, end, axis=(1, 2, 3), keepdims=True) for end in (share, 1 - share)
+    )
+    return np.clip((pixels - low) / np.maximum(high - low, 1e-6), 0, 1)
+
+
+def write_animation(
+    frames: Sequence[np.ndarray], path: Path | str, *, alt: str, milliseconds: int = 120
+) -> Path:
+    """Write pictures of one size [H, W, 3] in [0, 1] as an animated PNG that runs for ever.
+
+    The last one stands for two seconds.
+    """
+    pictures = [
+        Image.fromarray((np.asarray(frame) * 255).round().astype(np.uint8))
+        .quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        .convert("RGB")
+        for frame in frames
+    ]
+    about = PngInfo()
+    about.add_itxt("Description", alt)
+    times = [milliseconds] * (len(pictures) - 1) + [2000]
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        pictures[0].save(
+            temporary, "png", save_all=True, append_images=pictures[1:], duration=times, loop=0,
+            optimize=True, pnginfo=about,
+        )  # fmt: skip
+    return path
+
+
 @_styled
 def write_figure(
     fig: Figure,
@@ -182,12 +219,14 @@ def image_grid(
     correct: Sequence[bool] | None = None,
     title: str | None = None,
     tile: float = 0.8,
+    smooth: bool = False,
 ) -> Figure:
     """Draw images [n, C, H, W] row by row, `columns` in a row (default: up to 10).
 
     `captions` stand below the images, broken into lines that stay within their own; where
     `correct` is False, caption and frame turn red-orange and the caption gets a cross. `tile` is
-    the width of one image in inches.
+    the width of one image in inches; `smooth` draws between the pixels, as a camera would, where
+    their edges would be read instead of the picture.
     Raises ValueError for a wrong shape, pixels outside [0, 1] or labels of another number.
     """
     pixels = _check_images(images)
@@ -217,7 +256,7 @@ def image_grid(
     axes.axis("off")
     for i, picture in enumerate(pixels):
         x, y = i % columns * across + 0.04, tops[i // columns] + 0.04
-        _draw_image(axes, picture, (x, x + 1, y + tall, y), good[i])
+        _draw_image(axes, picture, (x, x + 1, y + tall, y), good[i], smooth)
         if texts:
             color = INK if good[i] else WRONG
             _say(axes, x + 0.5, y + tall + 0.05, texts[i], va="top", size=text_size, color=color)
@@ -268,7 +307,11 @@ def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], fl
 
 
 def _draw_image(
-    axes: Axes, picture: np.ndarray, extent: tuple[float, float, float, float], right: bool
+    axes: Axes,
+    picture: np.ndarray,
+    extent: tuple[float, float, float, float],
+    right: bool,
+    smooth: bool = False,
 ) -> None:
     grey = picture.shape[2] == 1
     axes.imshow(
@@ -277,7 +320,7 @@ def _draw_image(
         vmin=0,
         vmax=1,
         extent=extent,
-        interpolation="none",  # crisp pixels, in SVG as well
+        interpolation="bicubic" if smooth else "none",  # crisp pixels, in SVG as well
         aspect="auto",
         clip_on=False,
     )

@@ -138,16 +138,16 @@ RECIPES = {
     "cifar10-ordinary": Recipe(
         purpose="32×32 photographs: norm-free, with a decay that has taken hold when training ends",
         **_CIFAR10,
-        options={"norm": "none"},
+        options={"norm": "none", "width": 64},
         training=_cycle(22, 0.06, 3e-3, precision="bfloat16"),
     ),
     "cifar10-stationary": Recipe(
         purpose="32×32 photographs: `cifar10-ordinary` brought nearer to a stationary point",
         **_CIFAR10,
-        options={"norm": "none"},
+        options={"norm": "none", "width": 64},
         # averaged against the noise of the batches; no augmentation, since the condition has none
         training=TrainConfig(
-            epochs=6, learning_rate=1e-2, weight_decay=3e-3, schedule="halfway", average_epochs=2
+            epochs=12, learning_rate=1e-2, weight_decay=3e-3, schedule="halfway", average_epochs=4
         ),
         start="cifar10-ordinary",
     ),
@@ -168,7 +168,7 @@ RECIPES = {
         dataset="cifar10",
         architecture="resnet18",
         options={"width": 16},
-        training=_cycle(20, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
+        training=_cycle(10, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
         seed=1000,
     ),
     "cifar100-robust": Recipe(
@@ -176,14 +176,14 @@ RECIPES = {
         dataset="cifar100",
         architecture="convnet",
         options={"norm": "none", "width": 64},
-        training=_against(0.25, epochs=10),
+        training=_against(0.25, epochs=10, precision="bfloat16"),
     ),
     "cifar100-judge": Recipe(
         purpose="judge of the hundred classes: a ResNet-18 of a quarter of the width",
         dataset="cifar100",
         architecture="resnet18",
         options={"width": 16},
-        training=_cycle(20, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
+        training=_cycle(8, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
         seed=1000,
     ),
     "cifar100-convnet": Recipe(
@@ -213,7 +213,7 @@ RECIPES = {
         purpose="64×64 photographs: `imagenette-64-convnet` trained on images moved (ℓ2, 1)",
         **_IMAGENETTE,
         options=_DEEP | {"norm": "none"},
-        training=_against(1.0, epochs=16, batch_size=32),
+        training=_against(1.0, epochs=12, batch_size=64, precision="bfloat16"),
     ),
     "imagenette-64-judge": Recipe(
         purpose="judge of Imagenette: at half the size, with batch norm and max pooling",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from companion.blind_test import BlindTest
     from dsvlib.support_set import SupportSet
 
 SCHEMA = 1
@@ -47,12 +48,12 @@ COMMITTED = (".png", ".csv", ".json")  # the rest is made by a run, and named in
 BADGES = {
     "smoke": "smoke run · not a result",
     "quick": "digits · quick",
-    "cifar10": "CIFAR-10 (JPEG copy) · reduced",
+    "cifar10": "CIFAR-10 · reduced",
     "imagenette": "Imagenette 64×64 · reduced",
     "paper": "paper scale",
 }
 # Beside dsvlib itself: what lies between a notebook's code and its numbers and pictures.
-BESIDE_THE_METHOD = ("figures.py", "recipes.py", "runs.py", "toy_problems.py")
+BESIDE_THE_METHOD = ("blind_test.py", "figures.py", "recipes.py", "runs.py", "toy_problems.py")
 
 
 class RecordError(DsvError):
@@ -302,6 +303,18 @@ class Run:
         pixels = int.from_bytes(png[16:20])  # of the header: labels may have widened the figure
         return SavedFigure(name, alt, png, round(pixels * 96 / DPI))
 
+    def save_animation(
+        self, frames: Sequence[np.ndarray], name: str, *, alt: str, caption: str | None = None
+    ) -> SavedFigure:
+        """Stage pictures [H, W, 3] in [0, 1] as one animated PNG with a sidecar; return it."""
+        from companion.figures import write_animation
+
+        self._check_open(name)
+        with explain("write", self.directory / name):
+            path = write_animation(frames, self.staging / f"{name}.png", alt=alt)
+            self._write_sidecar("animation", name, [path], alt=alt, caption=caption)
+        return SavedFigure(name, alt, path.read_bytes(), frames[0].shape[1])
+
     def save_table(
         self, frame: pd.DataFrame, name: str, *, caption: str | None = None
     ) -> pd.DataFrame:
@@ -326,6 +339,16 @@ class Run:
             samples.save(path)
             self._write_sidecar("samples", name, [path], caption=caption)
         return samples
+
+    def save_blind_test(
+        self, test: BlindTest, name: str = "blind_test", *, caption: str | None = None
+    ) -> BlindTest:
+        """Stage a blind test as ``<name>.png``, its key as CSV and a sidecar; return it."""
+        self._check_open(name)
+        with explain("write", self.directory / name):
+            written = test.save(self.staging / name)
+            self._write_sidecar("blind test", name, written, caption=caption)
+        return test
 
     def record(
         self,

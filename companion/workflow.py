@@ -54,7 +54,7 @@ def done(job: Job) -> Path:
     """Return the file that stands where this checkout has run the job whole, and as it is now.
 
     Its name is the digest of code, parameters and the folders of images that they name; other data
-    sets are bundled or come with a published checksum, so that their name is enough.
+    sets are bundled or held against what they are known by, so that their name is enough.
     """
     root = Path(job.parameters.get("data_root") or downloads_folder())
     folders = {

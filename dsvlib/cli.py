@@ -332,12 +332,16 @@ DataName = Annotated[list[str] | None, typer.Argument(help="Data sets; see dsv d
 @data.command("list")
 def list_data(root: DataRoot = None) -> None:
     """List the data sets that load_dataset knows, and which of them are here."""
-    from dsvlib.data.downloads import CLASSES, FOLDERS, archives, state
+    from dsvlib.data.downloads import CLASSES, FOLDERS, as_folder, has_images, states
 
     where = root or downloads_folder()
     print("digits         bundled, works offline (the default)")
     for name in CLASSES:
-        words = sorted({state(archive, where) for archive in archives(name)})
+        if as_folder(name, where):
+            said = "present, folders of images" if has_images(where / name) else "an empty folder"
+            print(f"{name:14} {said}; dsv data verify {name} looks at all of them")
+            continue
+        words = sorted(set(states(name, where).values()))
         fix = "" if words == ["whole"] else f"; dsv data fetch {name}, or on first use"
         print(f"{name:14} {', '.join(words)}{fix}")
     for name in FOLDERS:
@@ -349,21 +353,28 @@ def list_data(root: DataRoot = None) -> None:
 @data.command("fetch")
 def fetch_data(names: DataName = None, root: DataRoot = None) -> None:
     """Download data sets, each file checked against its checksum."""
-    from dsvlib.data.downloads import archives, fetch
+    from dsvlib.data.downloads import archives, as_folder, fetch
 
     if not names:
         raise RequestError("expected the NAME of a data set; dsv data list shows them")
-    for files in [archives(name) for name in names]:  # every name is known before the first byte
-        fetch(files, root or downloads_folder(), echo=typer.echo)
+    where = root or downloads_folder()
+    files = {name: archives(name) for name in names}  # every name is known before the first byte
+    for name in names:
+        if as_folder(name, where):
+            typer.echo(f"{name} · its folder {where / name} is used; dsv data verify checks it")
+        else:
+            fetch(files[name], where, echo=typer.echo)
 
 
 @data.command("verify")
 def verify_data(names: DataName = None, root: DataRoot = None) -> None:
     """Check the files of data sets against their checksums; all that are here by default."""
-    from dsvlib.data.downloads import CLASSES, FOLDERS, archives, state, verify
+    from dsvlib.data.downloads import CLASSES, FOLDERS, as_folder, states, verify
 
     where = root or downloads_folder()
-    here = [n for n in CLASSES if any(state(a, where) != "missing" for a in archives(n))]
+    here = [
+        n for n in CLASSES if as_folder(n, where) or {*states(n, where).values()} != {"missing"}
+    ]
     here += [name for name in FOLDERS if (where / name).is_dir()]
     wrong = []
     for name in names or ["digits", *here]:

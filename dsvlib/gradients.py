@@ -33,7 +33,7 @@ from dsvlib._validation import (
     select_params,
 )
 from dsvlib.frozen import evaluation_mode, read_logits
-from dsvlib.logits import LossFn, cross_entropy
+from dsvlib.logits import CrossEntropy, LossFn, cross_entropy
 from dsvlib.support_set import SupportSet, as_targets
 
 
@@ -119,7 +119,7 @@ class FrozenClassifier:
         """Return the loss of each sample [n] and the logits [n, K]."""
         logits = self.logits(inputs)
         # a loss of one's own may code labels as it likes; labels are checked once, not every step
-        if self.loss_fn is cross_entropy and labels is not self._checked:
+        if isinstance(self.loss_fn, CrossEntropy) and labels is not self._checked:
             check_label_range(as_labels(labels), logits.shape[1])
             self._checked = labels
         losses = self.loss_fn(logits, labels.clone())  # it may code them anew in place

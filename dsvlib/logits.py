@@ -6,21 +6,41 @@ Shapes: logits [n, K]; labels int64 [n] or float [n, K] (soft); every function r
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsvlib._validation import as_labels, check_label_range, check_same_length
+from dsvlib._validation import as_labels, check_label_range, check_number, check_same_length
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each sample, [n]; labels are class numbers or rows over K."""
-    if labels.is_floating_point():
-        labels = labels.to(logits.dtype)
-    return F.cross_entropy(logits, labels, reduction="none")
+@dataclass(frozen=True)
+class CrossEntropy:
+    """L of each sample, [n]: the cross-entropy of logits / T, T being the temperature.
+
+    T = 1 is the papers' loss. At a higher one (Hinton, Vinyals and Dean 2015) a sample that is
+    classified with confidence keeps a gradient, and so its part in Σ λᵢ ∇_θ Lᵢ. Labels are class
+    numbers or rows over K.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature, above=0)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each sample, [n]."""
+        if labels.is_floating_point():
+            labels = labels.to(logits.dtype)
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        return F.cross_entropy(logits, labels, reduction="none")
+
+
+cross_entropy = CrossEntropy()
 
 
 def predict(logits: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ from dsvlib.conditions import (
 )
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import FrozenClassifier, flatten
-from dsvlib.logits import LossFn, entropy, is_feasible
+from dsvlib.logits import CrossEntropy, LossFn, entropy, is_feasible
 from dsvlib.parameterisations import KINDS, Kind, Parameterisation, parameterise
 from dsvlib.solution import Solution, Status
 from dsvlib.support_set import SupportSet, as_targets
@@ -86,6 +86,10 @@ class SynthesisConfig:
         samples, so that a weight means the same at every size. α = 0 leaves out stationarity.
     norm_target
         Value in normalised units that the norm prior pulls to: 0 is the mean colour.
+    temperature
+        L is the cross-entropy of logits / temperature; 1 as in the papers. At a higher one samples
+        that are classified with confidence keep their part in Σ λᵢ ∇_θ Lᵢ. λ and the residuals of
+        the solution are those of this L (`CrossEntropy(temperature)`).
     augmentation
         A, drawn afresh at every step for every sample.
     parameterisation, start_spread, spectral_decay, colours
@@ -124,6 +128,7 @@ class SynthesisConfig:
     tv_weight: float = 0.1
     norm_weight: float = 0.0
     norm_target: float = 0.0
+    temperature: float = 1.0
     augmentation: AugmentationConfig = field(
         default_factory=lambda: AugmentationConfig(translate=0.125, noise=0.1)
     )
@@ -153,11 +158,19 @@ class SynthesisConfig:
 
     @classmethod
     def photographs(cls, **changes: Any) -> SynthesisConfig:
-        """Return a start for colour images: half size, then full; smoother; mirrored."""
+        """Return what gives photographs that people read: layers of all resolutions, needs bounds.
+
+        Chosen by looking at pictures of one CIFAR-10 classifier, one seed.
+        """
         config = cls(
+            steps=150,
+            learning_rate=0.02,
             tv_weight=0.3,
-            augmentation=AugmentationConfig(translate=0.125, flip=0.5, noise=0.1),
-            resolutions=(0.5, 1.0),
+            temperature=4.0,
+            augmentation=AugmentationConfig(
+                translate=0.125, scale=0.1, rotate=10.0, flip=0.5, noise=0.1, reflect=True
+            ),
+            parameterisation="multiresolution",
         )
         return dataclasses.replace(config, **changes)
 
@@ -170,7 +183,7 @@ class SynthesisConfig:
         if self.start_spread is not None:
             check_number("start_spread", self.start_spread, at_least=0)
         check_number("spectral_decay", self.spectral_decay, at_least=0)
-        for name in ("learning_rate", "initial_multiplier"):
+        for name in ("learning_rate", "initial_multiplier", "temperature"):
             check_number(name, getattr(self, name), above=0)
         for name in ("steps", "log_every"):
             check_count(name, getattr(self, name))
@@ -208,7 +221,7 @@ class SynthesisConfig:
                 f"resolutions: expected fractions of the image side above 0 and up to 1, got "
                 f"{self.resolutions!r}; e.g. (0.5, 1.0)"
             )
-        if self.resolutions and self.parameterisation != "pixels":
+        if self.parameterisation != "pixels" and set(self.resolutions) - {1.0}:
             raise ValueError(
                 f"resolutions: expected () for parameterisation {self.parameterisation!r}, which "
                 f"has all of them at once, got {self.resolutions}; leave them out"
@@ -293,10 +306,18 @@ def synthesize(
         check_count("batch_size", batch_size)
     generator = generator or torch.Generator().manual_seed(0)
     started = generator.get_state()
+    coded = as_labels(labels) if loss_fn is None else as_targets(labels)
+    if loss_fn is None:
+        loss_fn = CrossEntropy(config.temperature)
+    elif config.temperature != 1:
+        raise ValueError(
+            f"temperature: expected 1 with a loss_fn of your own, got {config.temperature!r}; "
+            f"divide the logits inside of loss_fn"
+        )
     classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     theta = classifier.flat_theta
     check_steps_possible(theta)
-    labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
+    labels = coded.to(theta.device)
     size = _as_shape(shape)
     limits = check_bounds(bounds, size, theta)
     kept_inside = limits if config.parameterisation == "pixels" else None  # others never leave them

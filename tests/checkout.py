@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 import yaml
 
+from companion import blind_test
 from companion.presets import Job
 from companion.runs import Run, code_digest, repository_root
 from companion.workflow import done
@@ -92,3 +95,20 @@ def publish_at(directory: Path, run_id: str = "", *, steps: float = 5, seed: int
         run = Run.start(directory.name, preset=directory.parent.name, seed=seed)
         run.record("K1", "steps", steps, std=0.5, unit="%", paper=7)
         run.complete()
+
+
+def small_blind_test(seed: int = 0, per_class: int = 2) -> blind_test.BlindTest:
+    """Return a set of three classes whose pictures can be told by their level, controls by none.
+
+    The judge reads all but the first support vector, and every control as a cat.
+    """
+    asked = ["cat", "dog", "frog"] * per_class
+    levels = np.array([0.2, 0.5, 0.8] * per_class).reshape(-1, 1, 1, 1)
+    plain = np.broadcast_to(levels, (len(asked), 3, 4, 4))
+    noise = np.random.default_rng(seed).uniform(size=plain.shape)
+    groups = [
+        blind_test.Group("support vector", plain, asked, ["frog", *asked[1:]], "a classifier"),
+        blind_test.Group("control", noise, asked, ["cat"] * len(asked), "an untrained network"),
+        blind_test.Group("real", plain, asked, asked, "test pictures"),
+    ]
+    return blind_test.make(groups, torch.Generator().manual_seed(seed))

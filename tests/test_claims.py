@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from checkout import END, make_checkout, whole_run, write_notebook, write_presets
+from checkout import (
+    END,
+    make_checkout,
+    small_blind_test,
+    whole_run,
+    write_notebook,
+    write_presets,
+)
 
 from companion import cli
 from companion.ledger.claims import CLAIMS, Verdict, claim_rows, markdown, write_claims
@@ -117,6 +124,41 @@ def test_verdict_in_a_caption_and_smoke_is_no_result(checkout: Path) -> None:
     smoke = row("DSV-F2b", "smoke")
     assert smoke.verdict is Verdict.NOT_ATTEMPTED
     assert "everything runs" in smoke.reason
+
+
+@pytest.mark.parametrize(
+    ("word", "own", "other", "verdict", "reason"),
+    [
+        ("reproduced", 0, None, Verdict.REPRODUCED, "its blind test is on the site"),
+        ("reproduced", None, None, Verdict.PARTLY, "without a blind test"),
+        ("reproduced", None, 0, Verdict.PARTLY, "without a blind test"),
+        ("reproduced", 1, 0, Verdict.PARTLY, "blind test is another, of cifar10/13_other"),
+        ("reproduced", 0, 0, Verdict.REPRODUCED, "its blind test is on the site"),
+        ("not reproduced", None, None, Verdict.NOT_REPRODUCED, "judge 96"),
+    ],
+)
+def test_pictures_count_as_read_only_where_people_can_be_asked(
+    checkout: Path,
+    word: str,
+    own: int | None,
+    other: int | None,
+    verdict: Verdict,
+    reason: str,
+) -> None:
+    write_presets(checkout, cifar10={})
+    for notebook, seed in {"14_photographs": own, "13_other": other}.items():
+        with whole_run(figures_root() / "cifar10" / notebook):
+            run = Run.start(notebook, preset="cifar10", seed=0)
+        run.record("DSV-F1", "judge_cifar10_robust", 96.0, std=1.0, seeds=range(5), unit="%")
+        table = pd.DataFrame({"claim": ["DSV-F1"], "ours": ["judge 96"], "verdict": [word]})
+        run.save_table(table, "verdicts")
+        if seed is not None:
+            run.save_blind_test(small_blind_test(seed))
+        run.complete()
+    got = row("DSV-F1", "cifar10")
+    assert got.verdict is verdict
+    assert reason in got.reason
+    assert got.measured.endswith("of a robust classifier: 96.0 ± 1.0 % (n = 5)")
 
 
 def test_unlisted_claim_of_a_record_is_shown(checkout: Path) -> None:

@@ -93,21 +93,22 @@ def test_photographs_that_are_not_there_are_said_before_anything_starts(
 ) -> None:
     for name in ("schedule", "run_job"):
         monkeypatch.setattr(workflow, name, lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr("companion.data_needs.reachable", lambda _: False)  # no network
     assert run(*command, "--preset", "cifar10", "--data-root", str(tmp_path)) == 2
     line = stderr_line(capsys)
-    assert f"copy train/<class>/* and test/<class>/* to {tmp_path}/cifar10-jpeg" in line
+    assert f"copy train/<class>/* and test/<class>/* to {tmp_path}/cifar10" in line
 
 
 def test_one_missing_folder_of_several_is_named_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(workflow, "schedule", lambda *_, **__: pytest.fail("started"))
-    (tmp_path / "cifar10-jpeg" / "train" / "cat").mkdir(parents=True)
-    (tmp_path / "cifar10-jpeg" / "train" / "cat" / "0.png").touch()
+    (tmp_path / "cifar10" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "cifar10" / "train" / "cat" / "0.png").touch()
     assert run("reproduce", "--preset", "cifar10", "--data-root", str(tmp_path)) == 2
     line = stderr_line(capsys)
     assert f"to {tmp_path}/imagenette-64" in line
-    assert "cifar10-jpeg" not in line
+    assert "the images of cifar10" not in line
 
 
 def test_failed_notebook_is_status_one(
@@ -189,11 +190,12 @@ def test_doctor_says_what_is_missing_and_what_it_costs(
     assert torch.__version__ in printed
     for word in ("python", "device", "threads", "memory", "disk"):
         assert re.search(rf"^{word} +\S", printed, re.MULTILINE), word
-    missing = f"data cifar10-jpeg missing: copy train/<class>/* and test/<class>/* to {tmp_path}"
-    assert missing in printed
-    assert re.search(r"^04_coresets +(up to date|.* (min|s) on \d cores?)", printed, re.MULTILINE)
+    assert f"data cifar10 missing: dsv data fetch cifar10 --root {tmp_path}" in printed
+    folder = f"copy train/<class>/* and test/<class>/* to {tmp_path}/imagenette-64"
+    assert f"data imagenette-64 missing: {folder}" in printed
+    assert re.search(r"^04_coresets +(up to date|.* (h|min|s)\b)", printed, re.MULTILINE)
     assert re.search(r"^together, .* for \d+ runs", printed, re.MULTILINE)
-    (tmp_path / "cifar10-jpeg" / "train" / "cat").mkdir(parents=True)
-    (tmp_path / "cifar10-jpeg" / "train" / "cat" / "0.png").touch()
+    (tmp_path / "cifar10" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "cifar10" / "train" / "cat" / "0.png").touch()
     assert run("doctor", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
-    assert "data cifar10-jpeg present" in capsys.readouterr().out
+    assert "data cifar10 present" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -16,7 +17,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from dsvlib import load_dataset
-from dsvlib.data.datasets import CIFAR10_CLASSES, STATISTICS, Split
+from dsvlib.data.datasets import CIFAR10_CLASSES, KNOWN_CIFAR, STATISTICS, Split
+from dsvlib.data.downloads import verify
 
 
 def test_digits_have_their_documented_sizes(digits):
@@ -378,13 +380,13 @@ def test_an_empty_class_is_named(folder, part):
         load_dataset(f"folder:{folder}")
 
 
-def test_jpeg_folders_take_cifar10s_statistics(folder):
-    target = folder.parent / "downloads" / "cifar10-jpeg"
+def test_imagenette_lies_below_the_root_or_is_it(folder):
+    target = folder.parent / "downloads" / "imagenette-64"
     target.parent.mkdir()
     folder.rename(target)
-    data = load_dataset("cifar10-jpeg", root=target.parent)
-    assert data.mean == (0.4914, 0.4822, 0.4465)
-    assert (data.name, data.classes) == ("cifar10-jpeg", ("cat", "dog"))
+    data = load_dataset("imagenette-64", root=target.parent)
+    assert (data.name, data.classes) == ("imagenette-64", ("cat", "dog"))
+    assert load_dataset("imagenette-64", root=target).digest == data.digest
 
 
 @pytest.fixture
@@ -412,7 +414,24 @@ def stand_in_cifar10(monkeypatch, tmp_path):
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
     monkeypatch.setattr(CIFAR10, "meta", meta)
+    train = np.concatenate([pixels[name] for name in list(pixels)[:5]]).reshape(-1, 3, 1024)
+    means = tuple((train.astype(np.float64).mean(axis=(0, 2)) / 255).tolist())
+    monkeypatch.setitem(KNOWN_CIFAR, "cifar10", (10, (10, 2), means))
     return tmp_path, pixels
+
+
+@pytest.fixture
+def cifar10_folders(stand_in_cifar10, tmp_path):
+    """The same images as files, numbered anew within each class, and last batch first."""
+    _, pixels = stand_in_cifar10
+    root = tmp_path / "elsewhere"
+    for number, (name, images) in enumerate(reversed(pixels.items())):
+        for i, image in enumerate(images):
+            part = "test" if name == "test_batch" else "train"
+            file = root / "cifar10" / part / CIFAR10_CLASSES[i % 10] / f"{number}-{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.reshape(3, 32, 32).transpose(1, 2, 0)).save(file)
+    return root
 
 
 def test_cifar10_itself_is_read_through_torchvision(stand_in_cifar10):
@@ -421,9 +440,100 @@ def test_cifar10_itself_is_read_through_torchvision(stand_in_cifar10):
     assert (len(data.train), len(data.test), data.shape) == (100, 20, (3, 32, 32))
     assert data.classes == CIFAR10_CLASSES
     assert data.mean == STATISTICS["cifar10"][0]
-    first = torch.from_numpy(pixels["data_batch_1"][0].reshape(3, 32, 32)).float() / 255
-    assert_close(data.denormalize(data.train.inputs[:1])[0], first)
-    assert data.test.labels.tolist() == [i % 10 for i in range(20)]
+    images = {image.tobytes(): i % 10 for part in pixels.values() for i, image in enumerate(part)}
+    for split in (data.train, data.test):
+        raw = (data.denormalize(split.inputs) * 255).round().to(torch.uint8)
+        assert [images.pop(image.numpy().tobytes()) for image in raw] == split.labels.tolist()
+    assert not images
+
+
+def test_cifar10_from_folders_is_cifar10_from_torchvision(stand_in_cifar10, cifar10_folders):
+    ours, theirs = (load_dataset("cifar10", root=r) for r in (cifar10_folders, stand_in_cifar10[0]))
+    assert ours.digest == theirs.digest
+    assert (ours.classes, ours.mean, ours.std) == (theirs.classes, theirs.mean, theirs.std)
+    assert torch.equal(ours.train.inputs, theirs.train.inputs)
+    limited = load_dataset("cifar10", root=cifar10_folders, limit=20)
+    assert limited.train.labels.bincount().tolist() == [2] * 10
+
+
+def test_folders_go_before_an_archive(stand_in_cifar10, cifar10_folders, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "__init__", lambda *_, **__: pytest.fail("the archive was read"))
+    assert len(load_dataset("cifar10", root=cifar10_folders).train) == 100
+
+
+def resave(file: Path, change=lambda image: image, **options: object) -> None:
+    with Image.open(file) as image:
+        change(image.convert("RGB")).save(file, **options)
+
+
+def lossy(root: Path) -> None:
+    for file in sorted(root.glob("train/*/*.png")):
+        resave(file, format="JPEG", quality=90)
+
+
+def without_a_class(root: Path) -> None:
+    for part in ("train", "test"):
+        shutil.rmtree(root / part / "cat")
+
+
+def without_an_image(root: Path) -> None:
+    next((root / "test" / "dog").iterdir()).unlink()
+
+
+def all_smaller(root: Path) -> None:
+    for file in root.glob("*/*/*.png"):
+        resave(file, lambda image: image.resize((16, 16)))
+
+
+def one_larger(root: Path) -> None:
+    resave(next((root / "train" / "ship").iterdir()), lambda image: image.resize((40, 40)))
+
+
+def called_otherwise(root: Path) -> None:
+    for part in ("train", "test"):
+        (root / part / "automobile").rename(root / part / "car")  # after bird and before cat
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected", "got"),
+    [
+        (lossy, r"training pixels with channel means \(0\.\d+, ", r"\(0\.\d+, .*\), as after res"),
+        (without_a_class, "10 classes", "9: airplane, automobile, bird and 6 more"),
+        (without_an_image, "2 test images of each class", "1 of dog"),
+        (all_smaller, "train images 3×32×32", "3×16×16"),
+        (one_larger, "images 3×32×32", r"sizes \[\(32, 32\), \(40, 40\)\]"),
+        (called_otherwise, "classes called airplane, automobile, bird and 7 more", "car"),
+    ],
+)
+def test_a_folder_that_is_not_cifar10_is_told_in_one_sentence(
+    cifar10_folders, spoil, expected, got
+):
+    folder = cifar10_folders / "cifar10"
+    spoil(folder)
+    sentence = (
+        rf"cifar10: expected cifar10 itself, {expected}.*, got {got}.*; put all of its images "
+    )
+    with pytest.raises(
+        ValueError, match=sentence + "there, lossless, or rename the folder"
+    ) as told:
+        load_dataset("cifar10", root=cifar10_folders)
+    assert "\n" not in str(told.value)
+    assert verify("cifar10", cifar10_folders) == (False, str(told.value))
+
+
+def test_verify_looks_at_folders_and_at_what_torchvision_unpacked(
+    stand_in_cifar10, cifar10_folders
+):
+    said = "120 images of 10 classes, channel means as published"
+    assert verify("cifar10", cifar10_folders) == (True, said)
+    root, _ = stand_in_cifar10
+    assert verify("cifar10", root) == (True, "7 files, MD5 as published")
+    (root / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"half")
+    whole, text = verify("cifar10", root)
+    assert not whole
+    assert text == (f"cifar-10-python.tar.gz is missing; run dsv data fetch cifar10 --root {root}")
 
 
 def test_a_damaged_cifar10_archive_is_not_read(stand_in_cifar10, monkeypatch):

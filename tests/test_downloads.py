@@ -136,7 +136,7 @@ def test_folder_digest_sees_names_and_contents(tmp_path: Path) -> None:
     changed = folder_digest(tmp_path)[1]
     (tmp_path / "train" / "a" / "1.png").rename(tmp_path / "train" / "a" / "2.png")
     assert len({first, changed, folder_digest(tmp_path)[1]}) == 3
-    assert not verify("cifar10-jpeg", tmp_path)[0]
+    assert not verify("imagenette-64", tmp_path)[0]
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,3 +156,27 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "verify", "digits", *root) == 0
     assert run("data", "list", *root) == 0
     assert "cifar10        damaged; dsv data fetch cifar10" in capsys.readouterr().out
+    (tmp_path / "cifar10").mkdir()
+    assert run("list", *root) == 0
+    assert "cifar10        an empty folder; dsv data verify cifar10" in capsys.readouterr().out
+    assert run("verify", *root) == 1
+    assert "NOT WHOLE · " in (printed := capsys.readouterr().out)
+    assert f"{tmp_path}/cifar10/train: expected a folder of classes, found none" in printed
+    assert run("fetch", "cifar10", *root) == 0
+    assert f"its folder {tmp_path}/cifar10 is used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "answers"), [(200, True), (404, False), (405, True), (None, False)]
+)
+def test_an_address_answers_or_does_not(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: int | None, answers: bool
+) -> None:
+    def do_HEAD(handler: Handler) -> None:
+        if status is not None:
+            handler.send_response(status)
+            handler.end_headers()
+
+    monkeypatch.setattr(Handler, "do_HEAD", do_HEAD, raising=False)
+    monkeypatch.setattr(downloads, "archives", lambda _: [archive(server)])
+    assert downloads.reachable("cifar10") is answers

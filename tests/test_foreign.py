@@ -125,7 +125,7 @@ def test_empty_files_and_lazy_layers_are_named(tmp_path: Path) -> None:
         load_weights(net(), path)
     torch.save(net().state_dict(), path)
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="got '1.weight' of a lazy layer"):
+    with pytest.raises(ValueError, match=r"got '1\.weight' of a lazy layer"):
         load_weights(lazy, path)
 
 

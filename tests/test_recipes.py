@@ -17,8 +17,7 @@ from dsvlib.classifiers import files
 from dsvlib.classifiers.files import load_classifier
 from dsvlib.classifiers.training import TrainConfig
 
-RECIPE_ONLY = "imagenette-64-resnet18"  # 11 MB: a third of what a clone may bring
-SHIPPED = sorted(set(recipes.RECIPES) - {RECIPE_ONLY})
+SHIPPED = sorted(name for name in recipes.RECIPES if checkpoint_path(name).is_file())
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in recipes.RECIPES.items() if recipe.start])
@@ -42,16 +41,36 @@ def test_training_goes_on_from_the_start(monkeypatch):
     assert not torch.equal(next(another.parameters()), next(first.parameters()))
 
 
+def readme_rows(pattern):
+    text = (repository_root() / "data" / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^\| `([\w-]+)` \| {pattern} \|$", text, re.MULTILINE)
+
+
 def test_the_readme_beside_the_classifiers_tells_their_numbers():
     text = (repository_root() / "data" / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([\d.]+) % \| (-?[\d.]+) \|$", text, re.MULTILINE)
-    shipped = {name for name in recipes.RECIPES if checkpoint_path(name).is_file()}
-    assert {name for name, *_ in rows} == shipped == set(SHIPPED)
-    assert re.findall(r"`([\w-]+)` \(recipe only\)", text) == [RECIPE_ONLY]
-    for name, accuracy, cosine in rows:
-        facts = load_classifier(name)[1]
-        assert accuracy == f"{100 * facts['test_accuracy']:.1f}", name
-        assert cosine == f"{facts['cosine']:.2f}", name
+    rows = readme_rows(r"[^|]+ \| [^|]+ \| ([\d.]+ %) \| (-?[\d.]+)")
+    facts = {name: load_classifier(name)[1] for name in SHIPPED}
+    assert sorted(rows) == [
+        (name, f"{100 * of['test_accuracy']:.1f} %", f"{of['cosine']:.2f}")
+        for name, of in facts.items()
+    ]
+    only = re.findall(r"^\| `([\w-]+)` \(recipe only\) \|", text, re.MULTILINE)
+    assert sorted([*SHIPPED, *only]) == sorted(recipes.RECIPES)
+
+
+def test_the_readme_beside_the_classifiers_tells_how_robust_they_are():
+    rows = readme_rows(r"([\d.]+) \| ([\d.]+ %) \| (-?[\d.]+)")
+    facts = {name: load_classifier(name)[1] for name in SHIPPED}
+    assert sorted(rows) == [
+        (
+            name,
+            f"{of['attack']['radius']:g}",
+            f"{100 * of['robust_accuracy']:.1f} %",
+            f"{of['cosine_attacked']:.2f}",
+        )
+        for name, of in facts.items()
+        if "robust_accuracy" in of
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -207,7 +207,7 @@ def test_bad_values_are_refused() -> None:
 def test_badge_follows_the_preset_unless_told_otherwise() -> None:
     assert start(preset="smoke").badge == "smoke run · not a result · run by hand"
     with whole_run(repository_root() / "build/runs/cifar10/01_line"):
-        assert start(preset="cifar10").badge == "CIFAR-10 (JPEG copy) · reduced"
+        assert start(preset="cifar10").badge == "CIFAR-10 · reduced"
         assert start(preset="cifar10", scale="CIFAR-10").badge == "CIFAR-10"
 
 

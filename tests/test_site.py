@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import http.server
 import os
+import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,26 @@ from urllib.parse import urlsplit
 
 import pytest
 from browser import MISSING, find_browser
+from checkout import small_blind_test
+
+from companion.blind_test import UNSURE, BlindTest
+from companion.ledger.figure_wall import Entry
+from companion.site import content
 
 pytestmark = pytest.mark.site
 HTML = Path(__file__).resolve().parent.parent / "build" / "site" / "html"
 NOTEBOOKS = sorted(path.stem for path in (HTML.parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 EXPECTED = [
-    *("index", "claims", "exercises", "search", "genindex", "api/index", "api/conditions"),
+    *(
+        "index",
+        "claims",
+        "blind-test",
+        "exercises",
+        "search",
+        "genindex",
+        "api/index",
+        "api/conditions",
+    ),
     *(f"notebooks/{name}" for name in NOTEBOOKS),
 ]
 # one page of each kind, for what would take long on all of them
@@ -34,15 +50,22 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    if not (HTML / "index.html").is_file():
-        pytest.fail("no site in build/site/html; run make site first", pytrace=False)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(HTML)))
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    handler = partial(Quiet, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    if not (HTML / "index.html").is_file():
+        pytest.fail("no site in build/site/html; run make site first", pytrace=False)
+    with served(HTML) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +281,125 @@ def test_the_ledger_shows_each_claim_with_a_word_beside_its_colour(open_page: An
 def test_mathematics_is_typeset(open_page: Any) -> None:
     page = open_page("index")
     page.wait_for_selector("mjx-container svg")
+
+
+# --- the blind test ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["served", "from disk"])
+def asked(request: Any, browser: Any, tmp_path: Path) -> Iterator[tuple[Any, BlindTest]]:
+    """The page of a small set whose answers are known, with the site's script and style."""
+    test = small_blind_test()
+    about = {
+        "kind": "blind test",
+        "name": "blind_test",
+        "parameters": {},
+        "command": "dsv",
+        "seed": 0,
+    }
+    about |= {"commit": "c" * 40, "dirty": False, "code": "d" * 64, "data_digest": ""}
+    about |= {
+        "environment": dict.fromkeys(("device", "threads", "torch", "python", "platform"), "x")
+    }
+    entry = Entry("figures/quick/01_line", about, (), fresh=True)
+    body = content.blind_test_page(test, entry, "owner/name").split("---\n", 2)[2]
+    style = '<meta charset="utf-8"><link rel="stylesheet" href="_static/site.css">'
+    (tmp_path / "page.html").write_text(f"<!doctype html>{style}{body}", encoding="utf-8")
+    shutil.copytree(HTML.parents[2] / "site" / "_static", tmp_path / "_static",
+                    ignore=shutil.ignore_patterns("vendor"))  # fmt: skip
+    folder = tmp_path / entry.folder
+    folder.mkdir(parents=True)
+    test.save(folder / "blind_test")
+    (folder / "blind_test_key.js").write_text(content.blind_test_key(test), encoding="utf-8")
+    with served(tmp_path) as address:
+        page = browser.new_context(viewport=DESK, accept_downloads=True).new_page()
+        page.complaints = []
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        root = address if request.param == "served" else tmp_path.as_uri()
+        page.goto(f"{root}/page.html")
+        yield page, test
+        assert page.complaints == []
+        page.context.close()
+
+
+def choose(page: Any, name: str) -> None:
+    label = "I cannot tell" if name == UNSURE else name
+    page.click(f".blind-choices button:has-text('{label}')")
+
+
+def test_the_blind_test_counts_what_was_answered(asked: tuple[Any, BlindTest]) -> None:
+    page, test = asked
+    rows = test.key.to_dict(orient="records")
+    answers = [row["asked"] if row["kind"] == "real" else "cat" for row in rows]
+    answers[next(i for i, row in enumerate(rows) if row["kind"] == "real")] = UNSURE
+    page.click(".blind-begin")
+    for number, name in enumerate(answers, 1):
+        assert f"Picture {number} of {len(answers)}" in page.text_content(".blind-count")
+        choose(page, name)
+    page.wait_for_selector(".blind-scores")
+    for kind, score in test.score(answers).iterrows():
+        cells = page.eval_on_selector_all(
+            f".blind-scores tr[data-kind='{kind}'] td[data-label]", "c => c.map(x => x.textContent)"
+        )
+        # rounded by JavaScript, where a half goes up
+        low, high, rate, judge = (int(score[n] + 0.5) for n in ("low", "high", "accuracy", "judge"))
+        assert cells == [
+            f"{score['right']:.0f} of {score['n']:.0f} ({rate} %)",
+            f"{low} – {high} %",
+            f"{judge} %",
+        ]
+    wrong = [
+        row
+        for name, row in zip(answers, rows, strict=True)
+        if row["kind"] != "control" and name != row["asked"]
+    ]
+    assert len(page.query_selector_all(".blind-misread li")) == len(wrong)
+    with page.expect_download() as waiting:
+        page.click(".blind-save")
+    saved = Path(waiting.value.path())
+    assert test.read_answers(saved) == dict(enumerate(answers, 1))
+    link = page.get_attribute(".blind-stage a", "href")
+    assert link.startswith("https://github.com/owner/name/issues/new?")
+    assert test.digest in link
+
+
+def test_the_blind_test_is_answered_by_keyboard_and_hides_its_key(
+    asked: tuple[Any, BlindTest],
+) -> None:
+    page, test = asked
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.focus(".blind-begin")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".blind-choices")
+    for key in ("2", "Backspace", "1", "x", "9", "3"):  # there is no ninth class
+        page.keyboard.press(key)
+    assert "Picture 4 of 18" in page.text_content(".blind-said")
+    shown = page.inner_html("body")
+    assert not any(word in shown for word in ("an untrained network", "a classifier<", "judge:"))
+    assert page.get_attribute(".blind-stage canvas", "aria-label") == "picture 4, without its label"
+    assert not [url for url in requests if "key" in url]
+    assert page.evaluate("globalThis.blindTestKey") is None
+    page.keyboard.press("Control+1")  # the browser's own
+    page.click("text=Finish here")
+    page.wait_for_selector(".blind-scores")
+    assert [url for url in requests if url.endswith("blind_test_key.js")]
+    assert page.evaluate("document.activeElement.textContent") == "What you read"
+    total = test.score(["cat", UNSURE, "frog"])["n"].sum()
+    cells = page.eval_on_selector_all("td[data-label=You]", "c => c.map(x => x.textContent)")
+    assert sum(int(cell.split()[2]) for cell in cells) == total == 3
+
+
+def test_the_blind_test_fits_a_phone_and_says_what_is_missing(
+    asked: tuple[Any, BlindTest], tmp_path: Path
+) -> None:
+    page, _ = asked
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.click(".blind-begin")
+    choose(page, "dog")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    next(tmp_path.rglob("blind_test_key.js")).unlink()
+    page.click("text=Finish here")
+    page.wait_for_selector(".blind-said.wrong")
+    assert "blind_test_key.js is missing. Your answers are kept" in page.text_content(".blind-said")
+    assert page.is_visible(".blind-save")

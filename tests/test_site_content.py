@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 import pytest
-from checkout import make_checkout, whole_run, write_presets
+from checkout import make_checkout, small_blind_test, whole_run, write_presets
 from docutils.core import publish_doctree
 from docutils.utils import SystemMessage
 from jinja2 import UndefinedError
@@ -20,9 +21,11 @@ from matplotlib.figure import Figure
 
 import dsvlib
 from companion import cli
+from companion.blind_test import BlindTest
+from companion.ledger.claims import Verdict, blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
 from companion.presets import read_presets
-from companion.runs import Run, figures_root
+from companion.runs import Run, figures_root, read_record
 from companion.site import build, content
 from companion.site.render import fragment, render
 from dsvlib._errors import DsvError, RequestError
@@ -49,6 +52,14 @@ def publish(notebook: str = "01_line", preset: str = "quick", size: Any = (2, 1.
     data = pd.DataFrame({"x": [0, 1]})
     run.save_figure(fig, "line_one", alt='A "line"\nthat <rises>', data=data, caption="A & B")
     run.save_table(data, "numbers", caption="not on the wall")
+    run.complete()
+    return run.directory
+
+
+def publish_blind_test(notebook: str = "02_blind", preset: str = "cifar10", seed: int = 0) -> Path:
+    with whole_run(figures_root() / preset / notebook):
+        run = Run.start(notebook, preset=preset, seed=3)
+    run.save_blind_test(small_blind_test(seed), caption="Without labels")
     run.complete()
     return run.directory
 
@@ -362,7 +373,7 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
     html = build.build_site("quick", echo=said.append)
     assert (html / "index.html").read_text() == "new"
     assert said[-1].startswith("1 pages in ")
-    pages_made = {"index.md", "claims.md", "exercises.md", "api/index.rst"}
+    pages_made = {"index.md", "claims.md", "blind-test.md", "exercises.md", "api/index.rst"}
     assert pages_made | {"notebooks/01_line.ipynb"} <= set(built)
     assert "wall/smoke.md" not in built, "a smoke run is no result"
     assert {
@@ -431,3 +442,62 @@ def test_broken_run_is_said_and_the_others_are_shown(checkout: Path, built: dict
     assert "line_one.png is missing" in said[0]
     assert "No complete run" in built["index.md"]
     assert "extra/figures/quick/02_other/line_one.csv" not in built
+
+
+# --- the blind test ------------------------------------------------------------------------------
+
+
+def test_without_a_recorded_set_the_page_says_so(checkout: Path, built: dict[str, str]) -> None:
+    publish()
+    publish_blind_test(preset="smoke")  # no result
+    build.build_site("quick", echo=lambda _: None)
+    assert "No run that is recorded has published its pictures yet" in built["blind-test.md"]
+    assert "blind-test.js" not in built["blind-test.md"]
+    assert "blind-test" in built["index.md"]
+
+
+def test_the_page_asks_about_the_first_recorded_set_and_hides_the_key(
+    checkout: Path, built: dict[str, str]
+) -> None:
+    write_presets(checkout, cifar10={}, paper={})
+    publish()
+    publish_blind_test(preset="paper", seed=1)
+    folder = publish_blind_test()
+    build.build_site("quick", echo=lambda _: None)
+    page, test = built["blind-test.md"], BlindTest.load(folder)
+    (section,) = [tag for tag in Tags(page).all("section") if "blind-test" in str(tag["class"])]
+    picture = "figures/cifar10/02_blind/blind_test.png"
+    assert section["data-picture"] == picture
+    assert section["data-digest"] == read_record(folder)["files"]["blind_test.png"] == test.digest
+    assert json.loads(str(section["data-classes"])) == ["cat", "dog", "frog"]
+    assert (section["data-width"], section["data-count"]) == ("4", "18")
+    for name in (picture, section["data-key"], "figures/cifar10/02_blind/blind_test.csv"):
+        assert f"extra/{name}" in built
+    assert "a classifier<" not in page
+    assert "an untrained network" not in page
+    assert "dsv reproduce --preset cifar10 --only 02_blind" in page
+    assert "<noscript>" in page
+    assert "\n\n" not in page[page.index("<section") : page.index("</section>")]
+
+
+def test_the_key_is_a_script_that_fits_its_pictures() -> None:
+    test = small_blind_test()
+    head, _, text = content.blind_test_key(test).partition(" = ")
+    found = json.loads(text.strip().rstrip(";"))
+    assert head == "globalThis.blindTestKey"
+    assert found["set"] == test.digest
+    assert found["key"] == test.key.to_dict(orient="records")
+
+
+def test_the_recorded_blind_test_is_the_one_of_its_claim() -> None:
+    """What is committed: wherever DSV-F1 is reproduced, its set is the one that the page shows."""
+    folder = blind_test_folder()
+    if folder is not None:
+        assert BlindTest.load(folder).digest == read_record(folder)["files"]["blind_test.png"]
+        assert len((folder / "blind_test.png").read_bytes()) < 250_000
+    for preset in read_presets():
+        (row,) = (row for row in claim_rows(preset) if row.id == "DSV-F1")
+        if row.verdict is Verdict.REPRODUCED:
+            assert folder is not None
+            own = figures_root() / preset / row.notebook
+            assert BlindTest.load(own).digest == BlindTest.load(folder).digest

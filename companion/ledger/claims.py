@@ -19,9 +19,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from companion.blind_test import NAME, BlindTest
 from companion.ledger.results import measured, repetitions, value_cells, values_of, whole_runs
 from companion.presets import check_preset, checked, notebook_names, read_presets
-from companion.runs import BADGES, Value, figures_root
+from companion.runs import BADGES, RecordError, Value, figures_root, read_record
 from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import atomic_path
 
@@ -67,6 +68,7 @@ class Rule(BaseModel, extra="forbid", frozen=True):
     caption: bool = False
     where: dict[str, Any] | None = None
     column: str = "verdict"
+    blind_test: bool = False
 
 
 class Claim(BaseModel, extra="forbid", frozen=True):
@@ -165,6 +167,10 @@ def _row(
             reason = "a smoke run shows only that everything runs"
         else:
             verdict, reason = _over_seeds(claim, directory, record)
+            if claim.rule.blind_test and verdict is Verdict.REPRODUCED:
+                missing = _not_asked(directory)
+                verdict = Verdict.PARTLY if missing else verdict
+                reason = f"{reason}; {missing or 'its blind test is on the site'}"
     else:
         verdict, reason = Verdict.NOT_ATTEMPTED, _why_not(claim, preset, omitted)
     found = {"numbers": numbers, "verdict": verdict, "reason": reason}
@@ -232,6 +238,32 @@ def _verdict(claim: Claim, directory: Path, record: Mapping[str, Any]) -> tuple[
     # a notebook may judge parts, DSV-F5a and DSV-F5b, and the claim as a whole
     parts = [r for r in lines if re.fullmatch(rf"{re.escape(claim.id)}[a-d]", r.get("claim") or "")]
     return _together(decided), "; ".join(_say(row, column, wanted) for row in parts or rows)
+
+
+def blind_test_folder(root: Path | None = None) -> Path | None:
+    """Return where the blind test of the site lies: that of the first preset that has one.
+
+    `root` is the place of the runs, by default that of the recorded ones. A smoke run is no result.
+    """
+    root = root or figures_root()
+    for preset in (name for name in read_presets() if name != "smoke"):
+        for sidecar in sorted(root.joinpath(preset).glob(f"*/{NAME}.json")):
+            try:
+                read_record(sidecar.parent)
+            except RecordError:  # the page of that preset says so
+                continue
+            return sidecar.parent
+    return None
+
+
+def _not_asked(directory: Path) -> str:
+    """Return why people cannot be asked whether they read a run's pictures, "" where they can."""
+    shown = blind_test_folder(directory.parents[1])
+    if not (directory / f"{NAME}.json").is_file() or shown is None:
+        return "without a blind test, so that nobody can say whether people read them"
+    if BlindTest.load(directory).digest != BlindTest.load(shown).digest:
+        return f"the site's blind test is another, of {shown.parent.name}/{shown.name}"
+    return ""
 
 
 def _word(text: str) -> Verdict | None:

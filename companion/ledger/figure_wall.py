@@ -20,6 +20,7 @@ from companion.site.render import fragment, render
 from dsvlib._errors import explain
 from dsvlib._files import atomic_path
 
+PICTURES = ("figure", "animation")  # kinds of sidecar
 STRIP = 2.6  # width over height from which a picture takes a row of the wall
 KINDS = {
     ".csv": "tidy data (CSV)",
@@ -101,8 +102,8 @@ def _read(directory: Path, address: str) -> PublishedRun:
     return PublishedRun(
         directory.name,
         executed=executed.name if executed.is_file() else "",
-        figures=tuple(entry for entry in entries if entry.sidecar["kind"] == "figure"),
-        tables=tuple(entry for entry in entries if entry.sidecar["kind"] != "figure"),
+        figures=tuple(entry for entry in entries if entry.sidecar["kind"] in PICTURES),
+        tables=tuple(entry for entry in entries if entry.sidecar["kind"] not in PICTURES),
         command=record["command"],
         seed=record["seed"],
         values=tuple(map(_cells, record["values"])),
@@ -125,7 +126,7 @@ def _entry(directory: Path, name: str, address: str, fresh: bool) -> Entry:
         if Path(file).stem == stem and Path(file).suffix in KINDS and (directory / file).is_file()
     ]
     picture = directory / f"{stem}.png"
-    wide = sidecar["kind"] == "figure" and _ratio(picture) > STRIP
+    wide = sidecar["kind"] in PICTURES and _ratio(picture) > STRIP
     return Entry(address, sidecar, (*links, (name, "sidecar (JSON)")), fresh, wide)
 
 

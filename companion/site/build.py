@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from companion.ledger.claims import claim_rows
+from companion.blind_test import NAME, BlindTest
+from companion.ledger.claims import blind_test_folder, claim_rows
 from companion.ledger.figure_wall import read_runs
-from companion.notebooks import normalise
+from companion.notebooks import normalise, repository_code
 from companion.presets import notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
 from companion.site import content
@@ -87,6 +88,7 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
     for name, text in content.reference().items():
         _write(source / "api" / f"{name}.rst", text)
     _write_results(preset, source, extra, titles)
+    _write_blind_test(source, extra)
 
 
 def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str]) -> None:
@@ -126,6 +128,22 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
     )
     _write(source / "index.md", page)
     _write(source / "claims.md", render("claims.md", ledger=content.ledger(claims, titles)))
+
+
+def _write_blind_test(source: Path, extra: Path) -> None:
+    test = entry = None
+    if folder := blind_test_folder():
+        test = BlindTest.load(folder)
+        address = f"figures/{folder.parent.name}"
+        (run,) = (r for r in read_runs(folder.parent, f"{address}/") if r.notebook == folder.name)
+        entry = next(entry for entry in run.tables if entry.sidecar["name"] == NAME)
+        target = extra / entry.folder
+        target.mkdir(parents=True, exist_ok=True)
+        for file, _ in (*entry.links, (f"{NAME}.png", "")):
+            shutil.copyfile(folder / file, target / file)
+        _write(target / f"{NAME}_key.js", content.blind_test_key(test))
+    page = content.blind_test_page(test, entry, repository_code())
+    _write(source / "blind-test.md", page)
 
 
 def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:

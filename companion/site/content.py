@@ -7,6 +7,7 @@ nothing is typed in. `companion.site.build` writes the pages and has Sphinx buil
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 import dsvlib
+from companion.blind_test import COLUMNS, UNSURE, BlindTest
 from companion.ledger.figure_wall import Entry, PublishedRun
 from companion.site.render import fragment, render
 
@@ -87,6 +89,28 @@ def ledger(claims: Sequence[ClaimRow], titles: Mapping[str, str], *, up: str = "
 def _verdict_of(claim: ClaimRow) -> str:
     """Return the verdict in words; one that is not known counts as not attempted, hence red."""
     return str(claim.verdict) if str(claim.verdict) in VERDICTS else "not attempted"
+
+
+# --- the blind test ------------------------------------------------------------------------------
+
+
+def blind_test_page(test: BlindTest | None, entry: Entry | None, repository: str = "") -> str:
+    """Return the page that asks about a recorded set, or says that there is none.
+
+    `repository` is GitHub's ``owner/name``, where answers are sent.
+    """
+    section = Markup("")
+    if test is not None and entry is not None:
+        size = test.pictures.shape[2:0:-1]
+        values = (test, entry, size, COLUMNS, UNSURE, repository)
+        section = fragment("blind_test.html", "section", *values)
+    return render("blind_test.md", test=test, section=section)
+
+
+def blind_test_key(test: BlindTest) -> str:
+    """Return the key as a script, which the page reads at the end, also from a reader's disk."""
+    rows = test.key.to_dict(orient="records")
+    return f"globalThis.blindTestKey = {json.dumps({'set': test.digest, 'key': rows})};\n"
 
 
 # --- notebooks -----------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """Downloads of data sets: which files, whether they are whole, and fetching what is missing.
 
 Names, addresses, checksums and the download itself are torchvision's. A folder of images has no
-archive: its digest goes over the names and contents of its files.
+archive: its digest goes over the names and contents of its files, and one that is called CIFAR is
+held against what CIFAR is known by.
 """
 
 from __future__ import annotations
 
 import hashlib
 import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -24,7 +26,7 @@ CLASSES = {
     "fashion_mnist": "FashionMNIST",
 }
 FOLDERS = ("imagenette-64",)
-TEST_PARTS = ("test", "val", "valid", "validation")  # the first that is there is the test part
+CIFAR = ("cifar10", "cifar100")  # downloaded, or folders of images as well
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,49 @@ def archives(name: str) -> list[Archive]:
     ]
 
 
+def unpacked(name: str) -> list[Archive]:
+    """Return the files that torchvision reads CIFAR from, once its archive was unpacked."""
+    from torchvision import datasets
+
+    known = getattr(datasets, CLASSES[name])
+    files = [*known.train_list, *known.test_list, (known.meta["filename"], known.meta["md5"])]
+    return [Archive(f"{known.base_folder}/{file}", (), md5) for file, md5 in files]
+
+
+def as_folder(name: str, root: Path) -> bool:
+    """Return whether `load_dataset` reads folders of images, and not what torchvision brings."""
+    return name in FOLDERS or (name in CIFAR and (root / name).is_dir())
+
+
+def has_images(folder: Path) -> bool:
+    """Return whether a folder has at least something where training images belong."""
+    return any(folder.glob("train/*/*"))
+
+
+def present(name: str, root: Path) -> bool:
+    """Return whether a data set lies below `root`, by its names alone; `verify` looks inside."""
+    if as_folder(name, root):
+        return has_images(root / name)
+    forms = [archives(name), *([unpacked(name)] if name in CIFAR else [])]
+    return any(all((root / file.path).is_file() for file in form) for form in forms)
+
+
+def reachable(name: str, *, timeout_s: float = 10) -> bool:
+    """Return whether one address at least of every file of a data set answers."""
+    return all(any(_answers(url, timeout_s) for url in file.urls) for file in archives(name))
+
+
+def _answers(url: str, timeout_s: float) -> bool:
+    request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "dsvlib"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s):
+            return True
+    except urllib.error.HTTPError as error:  # some servers do not answer HEAD, but answer
+        return error.code not in (404, 410)
+    except (OSError, HTTPException):
+        return False
+
+
 def state(archive: Archive, root: Path) -> str:
     """Return ``whole``, ``missing`` or ``damaged``."""
     from torchvision.datasets.utils import check_integrity
@@ -67,6 +112,15 @@ def state(archive: Archive, root: Path) -> str:
     return "whole" if check_integrity(path, archive.md5) else "damaged"
 
 
+def states(name: str, root: Path) -> dict[str, str]:
+    """Return the state of every file: of what was unpacked, where that is whole, or of archives."""
+    if name in CIFAR:
+        found = {file.path: state(file, root) for file in unpacked(name)}
+        if set(found.values()) == {"whole"}:
+            return found
+    return {file.path: state(file, root) for file in archives(name)}
+
+
 def verify(name: str, root: Path) -> tuple[bool, str]:
     """Return whether a data set is whole below `root`, and a sentence about it.
 
@@ -74,7 +128,11 @@ def verify(name: str, root: Path) -> tuple[bool, str]:
     """
     if name == "digits":
         return True, "bundled with scikit-learn"
+    if name in CIFAR and as_folder(name, root):
+        return _verify_cifar(name, root / name)
     if name in FOLDERS or name.startswith("folder:"):
+        from dsvlib.data.folders import part_folder
+
         folder = Path(name.removeprefix("folder:")) if ":" in name else root / name
         if not all(part_folder(folder, part).is_dir() for part in ("train", "test")):
             return False, f"expected {folder}/train/<class>/* and {folder}/test/<class>/*"
@@ -83,17 +141,23 @@ def verify(name: str, root: Path) -> tuple[bool, str]:
     if name not in CLASSES:
         known = ("digits", *CLASSES, *FOLDERS, "folder:PATH")
         raise RequestError.unknown("data set", name, known)
-    states = {archive.path: state(archive, root) for archive in archives(name)}
-    wrong = [f"{path} is {what}" for path, what in states.items() if what != "whole"]
+    found = states(name, root)
+    wrong = [f"{path} is {what}" for path, what in found.items() if what != "whole"]
     if not wrong:
-        return True, f"{len(states)} files, MD5 as published"
+        return True, f"{len(found)} files, MD5 as published"
     return False, f"{', '.join(wrong)}; run dsv data fetch {name} --root {root}"
 
 
-def part_folder(folder: Path, part: str) -> Path:
-    """Return the folder of ``"train"`` or ``"test"``, which may be called ``val`` too."""
-    names = TEST_PARTS if part == "test" else (part,)
-    return next((folder / name for name in names if (folder / name).is_dir()), folder / part)
+def _verify_cifar(name: str, folder: Path) -> tuple[bool, str]:
+    """Look at every image: there are no published checksums of single files."""
+    from dsvlib.data.datasets import cifar_from_folder
+
+    try:
+        train, test, classes = cifar_from_folder(name, folder)
+    except (OSError, ValueError) as error:
+        return False, str(error)
+    count = len(train[1]) + len(test[1])
+    return True, f"{count} images of {len(classes)} classes, channel means as published"
 
 
 def folder_digest(folder: Path) -> tuple[int, str]:

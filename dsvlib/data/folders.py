@@ -16,13 +16,30 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dsvlib.data.downloads import part_folder
-
 NO_IMAGES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders
 TEXTS = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yml", ".yaml", ".html", ".log", ".ini"}
 
+TEST_PARTS = ("test", "val", "valid", "validation")  # the first that is there is the test part
+
 Array = NDArray[Any]
 Part = tuple[Tensor, Tensor]
+
+
+class SeveralSizes(ValueError):
+    """Images of several `sizes` where one is needed and no `image_size` was given."""
+
+    def __init__(self, where: Path, sizes: list[tuple[int, ...]]) -> None:
+        self.sizes = sizes
+        super().__init__(
+            f"{where}: expected images of one size, got {sizes[:3]}; pass image_size= to resize "
+            f"them"
+        )
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Return the folder of ``"train"`` or ``"test"``, which may be called ``val`` too."""
+    names = TEST_PARTS if part == "test" else (part,)
+    return next((folder / name for name in names if (folder / name).is_dir()), folder / part)
 
 
 def read_folder(folder: Path, image_size: int | None = None) -> tuple[Part, Part, tuple[str, ...]]:
@@ -138,10 +155,7 @@ def _lost_depth(image: Any) -> bool:
 def _stack(arrays: list[Array], grey: bool, image_size: int | None, where: Path) -> Tensor:
     sizes = sorted({array.shape[:2] for array in arrays})
     if len(sizes) > 1 and image_size is None:
-        raise ValueError(
-            f"{where}: expected images of one size, got {sizes[:3]}; pass image_size= to resize "
-            f"them"
-        )
+        raise SeveralSizes(where, sizes)
     height, width = sizes[0] if len(sizes) == 1 else (image_size, image_size)
     images = torch.empty(len(arrays), height or 0, width or 0, 1 if grey else 3)
     for index, array in enumerate(arrays):
