@@ -157,12 +157,12 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "list", *root) == 0
     assert "cifar10        damaged; dsv data fetch cifar10" in capsys.readouterr().out
     (tmp_path / "cifar10").mkdir()
-    assert run("list", *root) == 0
+    assert run("data", "list", *root) == 0
     assert "cifar10        an empty folder; dsv data verify cifar10" in capsys.readouterr().out
-    assert run("verify", *root) == 1
+    assert run("data", "verify", *root) == 1
     assert "NOT WHOLE · " in (printed := capsys.readouterr().out)
     assert f"{tmp_path}/cifar10/train: expected a folder of classes, found none" in printed
-    assert run("fetch", "cifar10", *root) == 0
+    assert run("data", "fetch", "cifar10", *root) == 0
     assert f"its folder {tmp_path}/cifar10 is used" in capsys.readouterr().out
 
 
