@@ -96,6 +96,7 @@ def check_label_range(labels: Tensor, num_classes: int) -> None:
         raise ValueError(
             f"labels: expected class numbers from 0 to {num_classes - 1}, got {wrong}; "
             f"the model has {num_classes} outputs"
+            + (" (pass a loss_fn for one that tells two classes apart)" if num_classes == 1 else "")
             + (": subtract 1 from labels that start at 1" if from_one else "")
         )
 
@@ -184,12 +185,41 @@ def check_bounds(
     return low, high
 
 
+def check_steps_possible(theta: Tensor) -> None:
+    """Raise ValueError for float16, in which Adam's ε is 0 and a slope of 0 gives 0/0."""
+    if theta.dtype == torch.float16:
+        raise ValueError(
+            "model: expected parameters in float32, float64 or bfloat16 to take Adam steps, got "
+            "float16, in which they are not finite; convert it with model.float()"
+        )
+
+
+def _check_parameter(name: str, value: Tensor) -> None:
+    if nn.parameter.is_lazy(value):
+        raise ValueError(
+            f"model: expected parameters that have a shape, got {name!r} of a lazy layer; call the "
+            f"model once on a batch of inputs"
+        )
+    if value.is_inference():
+        raise ValueError(
+            f"model: expected parameters that can be differentiated, got {name!r}, made under "
+            f"torch.inference_mode; build or load the model outside of it"
+        )
+    if value.is_complex():
+        raise ValueError(
+            f"model: expected real parameters, got {value.dtype} in {name!r}; write them as pairs "
+            f"of real ones"
+        )
+
+
 def select_params(model: nn.Module, params: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return the parameters θ that conditions are taken over, checked against the model.
 
     `None` means all parameters that require grad; a subset restricts every sum to it.
     """
     named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        _check_parameter(name, parameter)
     if params is None:
         chosen: dict[str, Tensor] = {k: p for k, p in named.items() if p.requires_grad}
     else:

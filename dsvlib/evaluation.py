@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,6 +20,33 @@ from dsvlib.classifiers.training import TrainConfig, logits_of, train
 from dsvlib.data.datasets import AnySplit, as_split
 from dsvlib.logits import predict
 from dsvlib.support_set import SupportSet
+
+# all that the two protocols differ in
+FIELD: dict[str, Any] = {
+    "optimizer": "sgd",
+    "learning_rate": 0.01,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "schedule": "halfway",
+}
+PAPER: dict[str, Any] = {
+    "optimizer": "adam",
+    "learning_rate": 1e-4,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+}
+
+
+def _training(
+    protocol: dict[str, Any], epochs: int, augmentation: AugmentationConfig | None
+) -> TrainConfig:
+    return TrainConfig(
+        epochs=epochs,
+        batch_size=256,
+        augmentation=augmentation,
+        log_every=max(epochs, 1),
+        **protocol,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,36 +62,14 @@ class EvaluationConfig:
         cls, *, epochs: int = 300, augmentation: AugmentationConfig | None = None
     ) -> EvaluationConfig:
         """Return the field's protocol: 300 epochs, or 1000 with DSA augmentation."""
-        return cls(
-            training=TrainConfig(
-                epochs=epochs,
-                log_every=max(epochs, 1),
-                augmentation=augmentation,
-                batch_size=256,
-                learning_rate=0.01,
-                momentum=0.9,
-                weight_decay=5e-4,
-                schedule="halfway",
-            )
-        )
+        return cls(training=_training(FIELD, epochs, augmentation))
 
     @classmethod
     def paper_protocol(
         cls, *, epochs: int = 300, augmentation: AugmentationConfig | None = None
     ) -> EvaluationConfig:
         """Return the DSV paper's protocol: Adam at 1e-4, its defaults otherwise."""
-        return cls(
-            training=TrainConfig(
-                epochs=epochs,
-                log_every=max(epochs, 1),
-                augmentation=augmentation,
-                batch_size=256,
-                optimizer="adam",
-                learning_rate=1e-4,
-                weight_decay=0.0,
-                schedule="constant",
-            )
-        )
+        return cls(training=_training(PAPER, epochs, augmentation))
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Flags are set one by one: `train()` and `eval()` may be overridden and do more. A network that
     counts its calls or observes their range changes buffers even so; they get their values back.
+    Raises TypeError for what torch.jit compiled.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"model: expected a network in Python, got {name or 'one'} compiled by torch.jit, "
+                f"whose weights cannot be replaced; pass the module that it was made from"
+            )
     modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     values = [(b, b.clone()) for _, _, own in modules for b in own.values() if b is not None]
     try:

@@ -34,7 +34,7 @@ from dsvlib._validation import (
 )
 from dsvlib.frozen import evaluation_mode, read_logits
 from dsvlib.logits import CrossEntropy, LossFn, cross_entropy
-from dsvlib.support_set import SupportSet
+from dsvlib.support_set import SupportSet, as_targets
 
 
 class FrozenClassifier:
@@ -138,6 +138,12 @@ class FrozenClassifier:
             raise ValueError(
                 f"multipliers: expected {losses.dtype} on {losses.device} as the losses, got "
                 f"{multipliers.dtype} on {multipliers.device}; move one to the other with .to(…)"
+            )
+        if not losses.requires_grad:
+            raise ValueError(
+                "model: expected losses that can be differentiated in the parameters, got a "
+                "forward pass or a loss_fn that cuts the graph, or params that it does not use; "
+                "take torch.no_grad, .detach(), .data and NumPy out of it"
             )
         parts = torch.autograd.grad(
             torch.dot(multipliers, losses),
@@ -267,7 +273,8 @@ class SampleGradients:
                 "explains; train the model or choose other params"
             )
         self.inputs = check_inputs(inputs).detach().to(self.theta)
-        self.labels = as_labels(labels).to(self.theta.device)
+        read = as_labels if loss_fn is None else as_targets  # a loss of one's own codes its labels
+        self.labels = read(labels).to(self.theta.device)
         check_same_length(inputs=len(self.inputs), labels=len(self.labels))
         self.batch_size = batch_size
         self._held: Tensor | None = None

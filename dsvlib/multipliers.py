@@ -27,11 +27,17 @@ from torch import Tensor, nn
 from dsvlib._box_quadratic import minimise
 from dsvlib._progress import progress_bar
 from dsvlib._schedule import learning_rate_factor
-from dsvlib._validation import check_choice, check_count, check_finite, check_number
+from dsvlib._validation import (
+    check_choice,
+    check_count,
+    check_finite,
+    check_number,
+    check_steps_possible,
+)
 from dsvlib.conditions import DISTANCES, Distance, best_scale, distance, residuals
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import SampleGradients
-from dsvlib.logits import LossFn, entropy
+from dsvlib.logits import LossFn, entropy, predict
 from dsvlib.solution import Certificate, Solution, Status
 from dsvlib.support_set import SupportSet
 
@@ -245,8 +251,9 @@ def _fit_gradient(
     on_step: Callable[[int, Tensor], None] | None,
 ) -> _Fit:
     """Minimise D(θ, −Gᵀλ) over λ ≥ 0 with Adam on λ / unit."""
-    gradients.hold(config.memory)
     theta = gradients.theta
+    check_steps_possible(theta)
+    gradients.hold(config.memory)
     kept = torch.arange(len(gradients), device=theta.device)
     unit, scaled = _start(gradients, config, init, generator)
     # confident samples have derivatives far below Adam's default ε of 1e-8, which would freeze them
@@ -401,7 +408,7 @@ def _fit_nnls(gradients: SampleGradients, entropies: Tensor | None, config: NNLS
         tolerance=config.tolerance,
         per_sample=pd.DataFrame(
             {
-                "label": (labels.argmax(dim=1) if labels.ndim == 2 else labels).tolist(),
+                "label": (predict(labels - 0.5) if labels.ndim == 2 else labels).tolist(),
                 "multiplier": multipliers,
                 "gradient_norm": norms,
                 "contribution": multipliers * norms,

@@ -36,6 +36,7 @@ from dsvlib._validation import (
     check_count,
     check_inputs,
     check_number,
+    check_steps_possible,
 )
 from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
 from dsvlib.conditions import (
@@ -315,9 +316,11 @@ def synthesize(
         )
     classifier = FrozenClassifier(model, params=params, loss_fn=loss_fn)
     theta = classifier.flat_theta
+    check_steps_possible(theta)
     labels = coded.to(theta.device)
     size = _as_shape(shape)
     limits = check_bounds(bounds, size, theta)
+    kept_inside = limits if config.parameterisation == "pixels" else None  # others never leave them
     written = parameterise(
         config.parameterisation,
         size,
@@ -327,10 +330,9 @@ def synthesize(
         colours=config.colours,
     )
     leaves = _start(init, len(labels), size, written, generator, theta)
-    limits = limits if config.parameterisation == "pixels" else None  # others never leave them
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     rates = (config.learning_rate, config.multiplier_learning_rate)
-    state = State(_inside(leaves, limits), multipliers, labels, generator, rates, config.betas)
+    state = State(_inside(leaves, kept_inside), multipliers, labels, generator, rates, config.betas)
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(
@@ -340,11 +342,11 @@ def synthesize(
             config=(config, batch_size),
             loss=getattr(loss_fn, "__qualname__", loss_fn),
             labels=labels,
-            bounds=check_bounds(bounds, size, theta),
+            bounds=limits,
             start=(leaves, started),
         )
         keeper.read_into(state)
-    loss = TotalLoss(classifier, config, written, limits, batch_size)
+    loss = TotalLoss(classifier, config, written, kept_inside, batch_size)
     with evaluation_mode(model), torch.enable_grad():
         status = _optimise(loss, state, plan(config, size), on_step, keeper)
         samples = loss.samples(state)

@@ -11,24 +11,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from command_line import run, stderr_line
 from PIL import Image
 
 import dsvlib
 from dsvlib import cli
 from dsvlib._files import PACKAGE
-
-
-def run(*words: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    return int(ended.value.code or 0)
-
-
-def stderr_line(capsys: pytest.CaptureFixture[str]) -> str:
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("dsv: ")
-    return lines[0]
 
 
 def test_bare_command_and_version_without_heavy_imports() -> None:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import command_line
 import pytest
 import torch
+from command_line import stderr_line
 
 import dsvlib.cli
 from companion import cli, notebooks, recipes, workflow
 from dsvlib._files import PACKAGE
 
-
-def run(*words: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words)
-    return int(ended.value.code or 0)
-
-
-def stderr_line(capsys: pytest.CaptureFixture[str]) -> str:
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("dsv: ")
-    return lines[0]
+run = functools.partial(command_line.run, main=cli.main)
 
 
 def test_help_names_every_command_without_heavy_imports() -> None:

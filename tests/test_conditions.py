@@ -674,3 +674,53 @@ def test_unknown_distance_and_weights_are_refused():
 
 def test_candidates_have_the_shape_the_tests_assume():
     assert tuple(candidates(4).inputs.shape) == (4, *SHAPE)
+
+
+def test_the_best_scale_is_that_of_least_squares_and_zero_without_a_gradient():
+    generator = torch.Generator().manual_seed(4)
+    theta, gradient = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    expected = np.linalg.lstsq(gradient[:, None].numpy(), -theta.numpy(), rcond=None)[0][0]
+    assert best_scale(theta, gradient) == pytest.approx(expected)
+    assert best_scale(theta, torch.zeros_like(theta)) == 0.0
+
+
+def test_a_layer_without_weights_or_without_gradient_has_no_cosine():
+    """θ = 0: no relative residual either; g = 0: the residual is ‖θ‖ / ‖θ‖ = 1."""
+    model, samples = build("dense"), candidates()
+    torch.nn.init.zeros_(model[1].bias)
+    model.unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    model.forward = lambda x: model[3](model[2](model[1](model[0](x))))
+    rows = residuals(model, samples).per_layer.set_index("parameter")
+    assert rows.loc["1.bias"].isna().all()
+    assert rows.loc["unused", "stationarity"] == 1
+    assert np.isnan(rows.loc["unused", "cosine"])
+    assert rows.loc[["1.weight", "3.weight", "3.bias"]].notna().all(axis=None)
+
+
+def test_the_sum_of_gradients_has_slopes_where_the_multipliers_alone_want_them():
+    """The derivative of Σ λᵢ gᵢ in λᵢ is gᵢ."""
+    model, samples = build("dense"), candidates()
+    weights = samples.multipliers.clone().requires_grad_()
+    found = weighted_gradient(model, replace(samples, multipliers=weights))
+    direction = torch.linspace(-1, 1, len(flat(found)), dtype=torch.float64)
+    (slopes,) = torch.autograd.grad(flat(found) @ direction, weights)
+    for i, slope in enumerate(slopes):
+        unit = torch.zeros_like(samples.multipliers)
+        unit[i] = 1
+        own = flat(oracle(model, replace(samples, multipliers=unit)))
+        torch.testing.assert_close(slope, own @ direction)
+
+
+def test_a_network_that_writes_into_its_weights_keeps_them(untouched):
+    class Clamps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("dense")
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.inner[1].weight.data.clamp_(-0.1, 0.1)
+            return self.inner(inputs)
+
+    model = Clamps()
+    with untouched(model):
+        weighted_gradient(model, candidates())

@@ -6,6 +6,8 @@ import hashlib
 import os
 import pickle
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +280,46 @@ def test_pixels_without_a_known_range_are_refused(pixels, message, folder):
     Image.fromarray(pixels).save(folder / "train" / "cat" / "odd.tiff")
     with pytest.raises(ValueError, match=rf"odd\.tiff: .*{message}"):
         load_dataset(f"folder:{folder}")
+
+
+def deep_png(pixels: np.ndarray, colours: int) -> bytes:
+    """Write [H, W, C] as a PNG with 16 bits a channel, which Pillow itself does not."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    height, width = pixels.shape[:2]
+    head = struct.pack(">IIBBBBB", width, height, 16, colours, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize(("colours", "channels"), [(2, 3), (6, 4), (4, 2)])
+def test_colours_deeper_than_they_can_be_read_are_refused(colours, channels, folder):
+    pixels = np.full((4, 4, channels), 1000)  # of 65,535: 3.9 of 255
+    (folder / "train" / "cat" / "deep.png").write_bytes(deep_png(pixels, colours))
+    with pytest.raises(ValueError, match=r"deep\.png: expected 8 bits for each colour, got 16"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_deep_colours_of_other_kinds_of_files_are_refused(folder):
+    content = b"P6\n4 4\n65535\n" + np.full((4, 4, 3), 1000, ">u2").tobytes()
+    (folder / "train" / "cat" / "deep.ppm").write_bytes(content)
+    with pytest.raises(ValueError, match=r"deep\.ppm: expected 8 bits for each colour, got 16"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_a_deep_grey_png_written_by_hand_is_read(folder):
+    """The writer above is right: what it writes in grey has the values that it was given."""
+    ramp = np.linspace(0, 65535, 16).round().astype(int).reshape(4, 4, 1)
+    for part in ("train", "test"):
+        for file in (folder / part).rglob("*.png"):
+            file.write_bytes(deep_png(ramp, 0))
+    data = load_dataset(f"folder:{folder}")
+    expected = torch.from_numpy(ramp[..., 0] / 65535).float()
+    assert_close(data.denormalize(data.train.inputs[:1])[0, 0], expected, rtol=0, atol=1e-6)
 
 
 def test_mixed_sizes_are_resized_where_a_size_is_given(folder):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import Once
 from torch import Tensor, nn
 
 from dsvlib.augmentation import DSA
@@ -125,8 +127,8 @@ def test_looped_and_batched_gradients_agree_with_backward() -> None:
     network = make_classifier("instance").double()
     images = torch.randn(CLASSES, 4, *SHAPE, generator=seeded()).double()
     expected = class_gradients(network, images)
-    torch.testing.assert_close(gradient_matching._real_gradients(network, images), expected)
-    torch.testing.assert_close(gradient_matching._gradients(network, images), expected)
+    torch.testing.assert_close(gradient_matching._looped(network, images), expected)
+    torch.testing.assert_close(gradient_matching._batched(network, images), expected)
 
 
 def test_gradient_distance_is_zero_at_equality_and_blind_to_the_scale_of_a_row() -> None:
@@ -290,9 +292,7 @@ def test_real_batches_are_drawn_anew(
 ) -> None:
     seen: list[Tensor] = []
     place, name = (
-        (gradient_matching, "_real_gradients")
-        if method is dc
-        else (distribution_matching, "_features")
+        (gradient_matching, "_looped") if method is dc else (distribution_matching, "_features")
     )
     original = getattr(place, name)
 
@@ -323,6 +323,7 @@ class Recurrent(nn.Module):
         return {"logits": self.head(self.cell(inputs[:, 0])[0][:, -1])}
 
 
+@pytest.mark.filterwarnings("ignore:build_model. gradients are computed class by class")
 @pytest.mark.parametrize("which", ["gradients", "distributions"])
 def test_networks_of_ones_own(which: str) -> None:
     split, made = make_split(), []
@@ -353,13 +354,88 @@ def test_networks_of_ones_own(which: str) -> None:
         method(split, per_class=1, config=config, build_model=lambda: Recurrent(2))
 
 
-def test_batched_gradients_fall_back_to_a_loop() -> None:
+class WritesAndReadsOnce(nn.Sequential):
+    """Frozen in part, and writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+        self[1].bias.requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs.sub_(0.5))
+
+
+def test_a_loop_takes_over_with_a_warning_and_the_same_result() -> None:
+    """Against the gradient of each class by `backward`, differentiated once more."""
     network = Recurrent().double()
-    images = torch.randn(CLASSES, 2, *SHAPE).double().requires_grad_()
-    batched = gradient_matching._gradients(network, images)
-    for have, want in zip(batched, gradient_matching._real_gradients(network, images), strict=True):
-        torch.testing.assert_close(have, want)
-        assert have.requires_grad
+    images = torch.randn(CLASSES, 2, *SHAPE, generator=seeded()).double().requires_grad_()
+    gradients = gradient_matching._ClassGradients()
+    with pytest.warns(UserWarning, match="class by class, slower but right"):
+        found = gradients.synthetic(network, images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        again = gradients.synthetic(network, images)
+    torch.testing.assert_close(found, again)
+    rows = []
+    for label, own in enumerate(images):
+        loss = nn.functional.cross_entropy(network(own)["logits"], torch.full((2,), label))
+        rows.append(torch.autograd.grad(loss, list(network.parameters()), create_graph=True))
+    expected = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    torch.testing.assert_close(found, expected)
+    slopes = [
+        torch.autograd.grad(torch.stack([v.square().sum() for v in values]).sum(), images)[0]
+        for values in (found, expected)
+    ]
+    torch.testing.assert_close(*slopes)
+
+
+def test_a_batched_pass_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_classifier("instance").double()
+    images = torch.randn(CLASSES, 2, *SHAPE, generator=seeded()).double().requires_grad_()
+    original = gradient_matching._batched
+    monkeypatch.setattr(
+        gradient_matching, "_batched", lambda *args: [1.1 * v for v in original(*args)]
+    )
+    with pytest.warns(UserWarning, match="they differ from those of a backward pass"):
+        found = gradient_matching._ClassGradients().synthetic(network, images)
+    torch.testing.assert_close(
+        [v.detach() for v in found], class_gradients(network, images.detach())
+    )
+
+
+@pytest.mark.parametrize("method", [match_gradients, match_distributions])
+def test_networks_that_write_into_their_input_or_are_frozen_in_part(method: Any) -> None:
+    split = make_split()
+    before = split.inputs.clone()
+    config: Any = (
+        GradientMatchingConfig(steps=2, init="real")
+        if method is match_gradients
+        else DistributionMatchingConfig(steps=2, augmentation=None)
+    )
+    solution = method(split, per_class=1, config=config, build_model=WritesAndReadsOnce)
+    assert solution.status is Status.ALL_STEPS
+    assert torch.equal(split.inputs, before)
+
+
+def test_dc_names_a_layer_without_second_derivative() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), Once(), nn.Linear(5, CLASSES))
+
+    with pytest.raises(ValueError, match=r"differentiated twice, got 2 \(Once\)"):
+        match_gradients(make_split(), per_class=1, build_model=build)
+
+
+def test_dm_needs_the_last_linear_layer() -> None:
+    class Spare(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(64, CLASSES))
+            self.spare = nn.Linear(3, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self[1](self[0](inputs))
+
+    with pytest.raises(ValueError, match="last linear layer to be used"):
+        match_distributions(make_split(), per_class=1, build_model=Spare)
 
 
 def test_pdds_multipliers_have_the_scale_that_fits_best() -> None:

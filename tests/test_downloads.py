@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from command_line import run
 
-from dsvlib import cli
 from dsvlib._errors import DsvError, RequestError
 from dsvlib.data import downloads
 from dsvlib.data.downloads import Archive, fetch, folder_digest, state, verify
@@ -140,34 +140,29 @@ def test_folder_digest_sees_names_and_contents(tmp_path: Path) -> None:
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(*words: str) -> int:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["data", *words])
-        return int(ended.value.code or 0)
-
     root = ["--root", str(tmp_path)]
     with pytest.raises(RequestError, match="did you mean 'cifar10'"):
         downloads.archives("cifar1O")
-    assert run("fetch", "cifar1O", *root) == 2
-    assert run("fetch", *root) == 2
+    assert run("data", "fetch", "cifar1O", *root) == 2
+    assert run("data", "fetch", *root) == 2
     assert capsys.readouterr().err.count("\n") == 2
-    assert run("verify", "cifar10", *root) == 1
+    assert run("data", "verify", "cifar10", *root) == 1
     printed = capsys.readouterr()
     assert "cifar-10-python.tar.gz is missing; run dsv data fetch cifar10" in printed.out
     assert printed.err == "dsv: cifar10: not whole; the lines above say what to do\n"
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half")
-    assert run("verify", *root) == 1
+    assert run("data", "verify", *root) == 1
     assert "damaged" in capsys.readouterr().out
-    assert run("verify", "digits", *root) == 0
-    assert run("list", *root) == 0
+    assert run("data", "verify", "digits", *root) == 0
+    assert run("data", "list", *root) == 0
     assert "cifar10        damaged; dsv data fetch cifar10" in capsys.readouterr().out
     (tmp_path / "cifar10").mkdir()
-    assert run("list", *root) == 0
+    assert run("data", "list", *root) == 0
     assert "cifar10        an empty folder; dsv data verify cifar10" in capsys.readouterr().out
-    assert run("verify", *root) == 1
+    assert run("data", "verify", *root) == 1
     assert "NOT WHOLE · " in (printed := capsys.readouterr().out)
     assert f"{tmp_path}/cifar10/train: expected a folder of classes, found none" in printed
-    assert run("fetch", "cifar10", *root) == 0
+    assert run("data", "fetch", "cifar10", *root) == 0
     assert f"its folder {tmp_path}/cifar10 is used" in capsys.readouterr().out
 
 

@@ -118,6 +118,17 @@ def test_own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_classifier("yournet:build", weights=path, **OWN)
 
 
+def test_empty_files_and_lazy_layers_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "own.pt"
+    path.touch()
+    with pytest.raises(ValueError, match=r"own\.pt: expected a file of weights, got an empty one"):
+        load_weights(net(), path)
+    torch.save(net().state_dict(), path)
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"got '1\.weight' of a lazy layer"):
+        load_weights(lazy, path)
+
+
 def test_wrapped_state_dicts(tmp_path: Path) -> None:
     trained, path = net(), tmp_path / "own.pt"
     parallel = {f"module.{k}": v for k, v in trained.state_dict().items()}

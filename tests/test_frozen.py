@@ -21,6 +21,7 @@ from dsvlib import (
     deepkkt_loss,
     fit_multipliers,
     residuals,
+    synthesize,
     weighted_gradient,
 )
 from dsvlib.frozen import as_logits, evaluation_mode, read_logits
@@ -426,3 +427,82 @@ def test_theta_of_ones_own_is_used():
     with torch.no_grad():
         expected = torch.func.functional_call(model, theta, (x,))
         torch.testing.assert_close(read_logits(model, theta, x), expected)
+
+
+# --- what no reader can differentiate ------------------------------------------------------------
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return Body().double()
+
+
+def without_any_graph() -> nn.Module:
+    body = Body().double()
+    body.forward = torch.no_grad()(body.forward)  # type: ignore[method-assign]
+    return body
+
+
+def with_a_compiled_part() -> nn.Module:
+    body = Body().double()
+    body.first = torch.jit.script(body.first)
+    return body
+
+
+UNREADABLE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "lazy": (
+        lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)).double(),
+        "'1.weight' of a lazy",
+    ),
+    "inference": (made_in_inference_mode, "'first.weight', made under torch.inference_mode"),
+    "no graph": (without_any_graph, r"cuts the graph, or params that it does not use"),
+    "script": (lambda: torch.jit.script(build("dense")), "got one compiled by torch.jit"),
+    "script inside": (with_a_compiled_part, "got first compiled by torch.jit"),
+    "complex": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 3, dtype=torch.complex64)),
+        "expected real parameters, got torch.complex64",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*deprecated", "ignore:Lazy modules are")
+@all_readers
+@pytest.mark.parametrize(("make", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_networks_that_cannot_be_differentiated_are_refused_in_words(make, message, reader):
+    with pytest.raises((TypeError, ValueError), match=message):
+        reader(make(), candidates())
+
+
+def test_weights_used_twice_have_one_gradient():
+    """Tied weights stand under one name, with the sum of both uses' gradients."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.second.weight = self.first.weight
+            self.last = nn.Linear(32, CLASSES)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.second(torch.tanh(self.first(inputs.flatten(1))))))
+
+    torch.manual_seed(0)
+    model, samples = Tied().double(), candidates(5)
+    losses = F.cross_entropy(model(samples.inputs), samples.labels, reduction="none")
+    named = dict(model.named_parameters())
+    parts = torch.autograd.grad(samples.multipliers @ losses, list(named.values()))
+    found = weighted_gradient(model, samples)
+    assert list(found) == list(named)
+    torch.testing.assert_close(list(found.values()), list(parts))
+    with evaluation_mode(model):
+        rows = SampleGradients(model, samples.inputs, samples.labels).all()
+    torch.testing.assert_close(samples.multipliers @ rows, flatten(parts))
+
+
+def test_float16_takes_no_adam_steps():
+    model, samples = Body().half(), candidates()
+    with pytest.raises(ValueError, match=r"got float16.*convert it with model.float\(\)"):
+        synthesize(model, [0, 1], (2, 4, 4))
+    with pytest.raises(ValueError, match="got float16"):
+        fit(model, samples, method="gradient")
+    assert fit(model, samples).certificate.satisfied

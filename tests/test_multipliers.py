@@ -793,3 +793,39 @@ def test_unused_parameters_have_gradient_zero():
     solution = fit(model, candidates(5))
     expected, _ = nnls(gradients.T, -theta)
     np.testing.assert_allclose(solution.samples.multipliers.numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["nnls", "gradient"])
+def test_targets_of_a_loss_of_ones_own(method):
+    """One logit for two classes, and several labels at once: 0 and 1 in float rows."""
+
+    def binary(logits, labels):
+        return nn.functional.binary_cross_entropy_with_logits(
+            logits, labels.to(logits), reduction="none"
+        ).sum(dim=1)
+
+    samples = candidates(8)
+    generator = torch.Generator().manual_seed(3)
+    for width in (1, 3):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(32, width)).double()
+        targets = torch.randint(2, (8, width), generator=generator).double()
+        targets[0] = 0  # in no class: a row that does not sum to 1
+        config = None if method == "nnls" else GradientConfig(steps=2000, distance="l2")
+        found = fit_multipliers(
+            model, samples.inputs, targets, method=method, loss_fn=binary, config=config
+        )
+        rows = []
+        for x, y in zip(samples.inputs, targets, strict=True):
+            loss = binary(model(x[None]), y[None]).sum()
+            parts = torch.autograd.grad(loss, list(model.parameters()))
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+        theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        _, norm = nnls(torch.stack(rows).numpy().T, -theta.numpy())
+        expected = norm / float(theta.norm())
+        assert found.residuals.stationarity == pytest.approx(
+            expected, rel=1e-9 if method == "nnls" else 1e-3
+        )
+        if method == "nnls" and width == 1:
+            assert found.certificate.per_sample["label"].tolist() == targets[:, 0].int().tolist()
+    with pytest.raises(ValueError, match=r"pass a loss_fn for one that tells two classes apart"):
+        fit_multipliers(nn.Sequential(nn.Flatten(), nn.Linear(32, 1)), samples.inputs, [0, 1] * 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -36,6 +37,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code as it stands, on fewer images and with fewer steps: it runs, its numbers wait."""
+    load, digits = dsvlib.load_dataset, dsvlib.SynthesisConfig.digits
+    field = dsvlib.EvaluationConfig.field_protocol
+    monkeypatch.setattr(dsvlib, "load_dataset", functools.partial(load, limit=200))
+    monkeypatch.setattr(dsvlib.SynthesisConfig, "digits", functools.partial(digits, steps=20))
+    short = functools.partial(field, epochs=60)
+    monkeypatch.setattr(dsvlib.EvaluationConfig, "field_protocol", short)
+
+
+@pytest.mark.usefixtures("small")
 def test_the_readme_s_code_runs(folder: Path) -> None:
     names = run_blocks("README.md")
     assert names["solution"].status.successful
@@ -44,6 +57,7 @@ def test_the_readme_s_code_runs(folder: Path) -> None:
     assert names["found"].samples.multipliers.min() >= 0
 
 
+@pytest.mark.usefixtures("small")
 def test_one_s_own_classifier_as_documented(folder: Path) -> None:
     digits = dsvlib.load_dataset("digits")
     few = dsvlib.random_subset(digits, 10)  # stands for what notebook 05 makes

@@ -77,9 +77,9 @@ def test_averaging_takes_out_the_noise_of_the_batches():
     """At a constant rate SGD wanders around the stationary point; the mean lies near to it."""
     split, decay, cosines = problem(), 0.05, []
     base = TrainConfig(
-        epochs=300, batch_size=4, learning_rate=0.05, weight_decay=decay, schedule="constant"
+        epochs=150, batch_size=4, learning_rate=0.05, weight_decay=decay, schedule="constant"
     )
-    for epochs in (0, 200):
+    for epochs in (0, 100):
         model = linear()
         train(model, split, config=replace(base, average_epochs=epochs))
         cosines.append(residuals(model, equal_multipliers(model, split, decay)).cosine)

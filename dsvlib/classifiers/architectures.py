@@ -224,9 +224,14 @@ def embed(model: nn.Module, inputs: Tensor) -> Tensor:
     seen: list[Tensor] = []
     handle = linear[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        model(inputs)
+        model(inputs.clone())  # it may write into them
     finally:
         handle.remove()
+    if not seen:
+        raise ValueError(
+            "model: expected its last linear layer to be used in the forward pass, got one that is "
+            "not; define the layer that gives the logits last"
+        )
     return seen[-1].flatten(1)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dsvlib._files import foreign_content
 from dsvlib._validation import suggestion
@@ -323,6 +324,11 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     architecture: the message has the first key that does not fit.
     """
     own = model.state_dict()
+    if lazy := next((name for name, p in model.named_parameters() if is_lazy(p)), None):
+        raise ValueError(
+            f"model: expected parameters that have a shape, got {lazy!r} of a lazy layer; call the "
+            f"model once on a batch of inputs where it is built"
+        )
     counts = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
     state = counts | _without_prefix(_read_state(Path(path)), own.keys() - counts.keys())
     problems = [f"no {key!r}" for key in own if key not in state]
@@ -350,6 +356,8 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
         raise FileNotFoundError(f"{path}: expected a file of weights, found none")
     if what := foreign_content(path):
         raise ValueError(f"{path}: expected a file of weights, got {what}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: expected a file of weights, got an empty one; fetch it again")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

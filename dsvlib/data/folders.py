@@ -107,12 +107,18 @@ def _read(file: Path) -> Array:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as opened:
+                deep = _lost_depth(opened)
                 opened.load()
                 kind, image = opened.format, ImageOps.exif_transpose(opened)
     except Exception as error:  # Pillow raises nearly anything for a damaged file
         raise ValueError(
             f"{file}: expected an image, got: {error}; remove or repair that file"
         ) from error
+    if deep:
+        raise ValueError(
+            f"{file}: expected 8 bits for each colour, got 16, of which Pillow would drop half; "
+            f"save it with 8, or as one grey channel"
+        )
     if image.mode in ("L", "1", "LA", "La"):
         return np.asarray(image.convert("L"))
     if image.mode.startswith("I"):
@@ -131,6 +137,19 @@ def _read(file: Path) -> Array:
             )
         return pixels
     return np.asarray(image.convert("RGB"))
+
+
+def _lost_depth(image: Any) -> bool:
+    """Whether an image that Pillow opened has more bits in its file than will be in its pixels."""
+    if image.mode.startswith(("I", "F")):
+        return False
+    for codec, _, _, args in image.tile:  # how the file is coded, e.g. "RGB;16B"
+        told = args if isinstance(args, tuple) else (args,)
+        if any(isinstance(word, str) and ";16" in word for word in told):
+            return True
+        if codec.startswith("ppm") and isinstance(told[-1], int) and told[-1] > 255:
+            return True  # the largest value
+    return False
 
 
 def _stack(arrays: list[Array], grey: bool, image_size: int | None, where: Path) -> Tensor:

@@ -23,7 +23,7 @@ from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
 from dsvlib.classifiers.architectures import build_model
 from dsvlib.data.datasets import AnySplit, Split, as_split
 from dsvlib.frozen import evaluation_mode, read_logits
-from dsvlib.solution import Status
+from dsvlib.solution import Solution, Status
 from dsvlib.support_set import SupportSet
 
 Bounds = tuple[Tensor, Tensor] | tuple[float, float]
@@ -210,7 +210,7 @@ class Matching:
         losses: Iterator[dict[str, Tensor]],
         steps: int,
         weights: Mapping[str, float] | None = None,
-    ) -> tuple[Status, pd.DataFrame]:
+    ) -> Solution:
         """Take `steps` steps down the weighted sum of the terms that `losses` yields."""
         variables = [group["params"][0] for o in self.optimizers for group in o.param_groups]
         rows: list[dict[str, float]] = []
@@ -240,11 +240,14 @@ class Matching:
             if not _all_finite(*variables):
                 break
         else:
-            return Status.ALL_STEPS, pd.DataFrame(rows)
+            return self._solution(Status.ALL_STEPS, rows)
         with torch.no_grad():
             for variable, last in zip(variables, good, strict=True):
                 variable.copy_(last)
-        return Status.NON_FINITE, pd.DataFrame(rows)
+        return self._solution(Status.NON_FINITE, rows)
+
+    def _solution(self, status: Status, rows: list[dict[str, float]]) -> Solution:
+        return Solution(self.samples(), status, pd.DataFrame(rows), None, self.config)
 
 
 def _all_finite(*tensors: Tensor) -> bool:

@@ -10,7 +10,7 @@ real images each, [K, m, C, H, W] and [K, b, C, H, W]; features [K, b, d].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -98,18 +98,18 @@ def match_distributions(
             yield terms
 
     if classifier is None:
-        status, history = run.descend(losses(), config.steps)
-        return Solution(run.samples(), status, history, None, config)
+        return run.descend(losses(), config.steps)
     run.learn_multipliers(config.initial_multiplier, config.multiplier_learning_rate)
     weights = {
         "stationarity": config.deepkkt_weight,
         "primal": config.deepkkt_weight * config.primal_weight,
     }
     with evaluation_mode(classifier):
-        status, history = run.descend(losses(), config.steps, weights)
+        solution = run.descend(losses(), config.steps, weights)
         if conditions is not None and config.distance == "cosine" and config.deepkkt_weight:
             run.multipliers = conditions.best_scaled(run.x, run.labels, run.multipliers)
-    return Solution(run.samples(), status, history, residuals(classifier, run.samples()), config)
+    samples = run.samples()
+    return replace(solution, samples=samples, residuals=residuals(classifier, samples))
 
 
 def feature_distance(first: Tensor, second: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ and b real images each, [K, m, C, H, W] and [K, b, C, H, W]; gradients [K, *para
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
+from dsvlib._second_derivatives import check_not_severed, explain_failure
 from dsvlib._validation import check_count, check_number
 from dsvlib.augmentation import DSA
 from dsvlib.classifiers.training import TrainConfig, train
 from dsvlib.data.datasets import AnySplit
 from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig
 from dsvlib.frozen import evaluation_mode, read_logits
+from dsvlib.gradients import flatten
 from dsvlib.solution import Solution
 
 
@@ -91,13 +94,17 @@ def match_gradients(
     generator
         CPU generator for everything random; default: a fresh one with seed 0.
 
+    Networks that `torch.func` cannot transform are differentiated class by class, with a warning.
     Raises ValueError where a class has no images, fewer than `shot`, or fewer than a real start
-    needs. A run that becomes non-finite ends with status `NON_FINITE` and the last finite images.
+    needs, and for networks without second derivatives.
+
+    A run that becomes non-finite ends with status `NON_FINITE` and the last finite images.
     `residuals` is None: no trained classifier is involved.
     """
     config = config or GradientMatchingConfig()
     run = Matching(split, per_class, config, bounds, generator, build_model)
     outer, inner = config.loops_for(per_class)
+    gradients = _ClassGradients()
     learning = TrainConfig(
         epochs=inner,
         batch_size=256,
@@ -119,11 +126,11 @@ def match_gradients(
                 if not step:
                     _read_statistics(network, real.flatten(0, 1))
                 with evaluation_mode(network):
-                    target = _real_gradients(network, real)
-                    yield {"matching": gradient_distance(target, _gradients(network, synthetic))}
+                    target = gradients.real(network, real)
+                    found = gradients.synthetic(network, synthetic)
+                    yield {"matching": gradient_distance(target, found)}
 
-    status, history = run.descend(losses(), config.steps * outer)
-    return Solution(run.samples(), status, history, None, config)
+    return run.descend(losses(), config.steps * outer)
 
 
 def gradient_distance(first: Iterable[Tensor], second: Iterable[Tensor]) -> Tensor:
@@ -140,13 +147,64 @@ def gradient_distance(first: Iterable[Tensor], second: Iterable[Tensor]) -> Tens
     return torch.cat(rows, dim=1).sum()
 
 
-def _real_gradients(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return the gradient of the mean loss of each class, one tensor [K, *parameter] each.
+class _ClassGradients:
+    """∇_θ of the mean loss of each class, one tensor [K, *parameter] each, for networks of a kind.
 
-    One class after the other: with many images, a batched pass takes up to three times as long.
-    Differentiable in `images` where they require grad.
+    With few images a batched pass over all classes takes 0.3 to 0.9 times as long as one class
+    after the other; with many, up to three times as long. The first batched pass is held against
+    the loop: where PyTorch cannot take it, or finds something else, the loop serves from then on.
     """
-    parameters = list(network.parameters())
+
+    def __init__(self) -> None:
+        self._checked = self._looped = False
+
+    def real(self, network: nn.Module, images: Tensor) -> list[Tensor]:
+        """Return the gradients of many images [K, b, C, H, W], as constants."""
+        return [value.detach() for value in _looped(network, images)]
+
+    def synthetic(self, network: nn.Module, images: Tensor) -> list[Tensor]:
+        """Return the gradients of few images [K, m, C, H, W], differentiable in them.
+
+        Raises ValueError for a network without second derivatives, naming the layer.
+        """
+        if not self._checked:
+            self._checked = True
+            self._compare(network, images)
+        return _looped(network, images) if self._looped else _batched(network, images)
+
+    def _compare(self, network: nn.Module, images: Tensor) -> None:
+        expected = _looped(network, images)
+        try:
+            total = torch.stack([value.square().sum() for value in expected]).sum()
+            check_not_severed(total)
+            torch.autograd.grad(total, images, materialize_grads=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            seen = images.detach().flatten(0, 1)
+            raise ValueError(explain_failure(network, seen, error)) from error
+        try:
+            found = _batched(network, images)
+            have, want = (flatten(values).detach() for values in (found, expected))
+            apart = (have - want).abs().max()
+            alike = bool(apart <= 0.01 * want.abs().max())
+            reason = None if alike else "they differ from those of a backward pass"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # networks of one's own that torch.func cannot transform
+            reason = " ".join(str(error).split())[:200]
+        if reason is not None:
+            self._looped = True
+            warnings.warn(
+                f"build_model: gradients are computed class by class, slower but right, since "
+                f"PyTorch cannot take them in one pass ({reason})",
+                stacklevel=2,
+            )
+
+
+def _looped(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return the gradients of each class, one class after the other."""
+    parameters = [value for value in network.parameters() if value.requires_grad]
     labels = torch.arange(len(images), device=images.device)
     gradients = [
         torch.autograd.grad(
@@ -160,23 +218,16 @@ def _real_gradients(network: nn.Module, images: Tensor) -> list[Tensor]:
     return [torch.stack(parts) for parts in zip(*gradients, strict=True)]
 
 
-def _gradients(network: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return the same as `_real_gradients`, differentiable in `images`.
-
-    All classes in one batched pass: with few images it takes 0.3 to 0.9 times as long as a loop.
-    """
+def _batched(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return the same from one pass."""
     labels = torch.arange(len(images), device=images.device)
-    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    named = network.named_parameters()
+    parameters = {name: value.detach() for name, value in named if value.requires_grad}
 
     def loss(parameters: dict[str, Tensor], own: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(read_logits(network, parameters, own), label.expand(len(own)))
 
-    try:
-        return list(vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, labels).values())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # networks of one's own that torch.func cannot transform
-        return _real_gradients(network, images)
+    return list(vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, labels).values())
 
 
 def _read_statistics(network: nn.Module, images: Tensor) -> None:
@@ -189,4 +240,4 @@ def _read_statistics(network: nn.Module, images: Tensor) -> None:
         for module in norms:
             module.momentum = None  # the plain average over passes, of which this is the first
         with torch.no_grad():
-            network(images)
+            network(images.clone())  # it may write into them
