@@ -191,7 +191,7 @@ def synthesize(
             except ValueError as error:
                 raise RequestError(f"--{error}") from None
         kinds = dsvlib.SynthesisConfig
-        preset = kinds.digits if opened.dataset == "digits" else kinds.photographs
+        preset = kinds.strokes if opened.dataset == "digits" else kinds.photographs
         solution = dsvlib.synthesize(
             opened.model,
             wanted,
