@@ -2,7 +2,8 @@
 
 Drawing the random numbers is kept apart from applying them, so that one draw can be shared by real
 and synthetic images (siamese augmentation) or repeated on another set. All geometry of a draw is
-one resampling of the image.
+one resampling of the image. A window, which a network reads of a larger canvas, is drawn and cut
+apart from it.
 
 Shapes: inputs [n, C, H, W] in normalised units; a draw holds one row per image, or a single row
 that all images share.
@@ -232,6 +233,45 @@ def apply(inputs: Tensor, numbers: Draw) -> Tensor:
     if numbers.noise is not None:
         inputs = inputs + numbers.noise
     return inputs
+
+
+class Windows(NamedTuple):
+    """A square part of each image, mirrored or not, that is read in place of the whole."""
+
+    side: int
+    top: Tensor  # int64 [n], on the CPU as the rest
+    left: Tensor  # int64 [n]
+    mirrored: Tensor  # bool [n]
+
+    def rows(self, part: slice) -> Windows:
+        """Return the windows of the images at `part`."""
+        return Windows(self.side, self.top[part], self.left[part], self.mirrored[part])
+
+
+def draw_windows(
+    side: int, count: int, size: tuple[int, int], *, generator: torch.Generator
+) -> Windows:
+    """Draw a window for each of `count` images (H, W): anywhere inside, mirrored half of the time.
+
+    Raises ValueError where a window of this side does not fit.
+    """
+    if not 0 < side <= min(size):
+        raise ValueError(
+            f"window: expected a side from 1 to {min(size)}, which fits into images of "
+            f"{size[0]}×{size[1]}, got {side}; lower it, or take larger images"
+        )
+    top, left = (torch.randint(length - side + 1, (count,), generator=generator) for length in size)
+    return Windows(side, top, left, torch.rand(count, generator=generator) < 0.5)
+
+
+def cut(inputs: Tensor, windows: Windows) -> Tensor:
+    """Return the windows [n, C, side, side] of images [n, C, H, W]."""
+    side, parts = windows.side, []
+    corners = zip(windows.top.tolist(), windows.left.tolist(), strict=True)
+    for image, (top, left), mirrored in zip(inputs, corners, windows.mirrored, strict=True):
+        part = image[:, top : top + side, left : left + side]
+        parts.append(part.flip(-1) if mirrored else part)
+    return torch.stack(parts)
 
 
 def augment(inputs: Tensor, config: AugmentationConfig, *, generator: torch.Generator) -> Tensor:

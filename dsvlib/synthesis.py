@@ -37,7 +37,15 @@ from dsvlib._validation import (
     check_inputs,
     check_number,
 )
-from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw
+from dsvlib.augmentation import (
+    AugmentationConfig,
+    Draw,
+    Windows,
+    apply,
+    cut,
+    draw,
+    draw_windows,
+)
 from dsvlib.conditions import (
     DISTANCES,
     Distance,
@@ -92,6 +100,10 @@ class SynthesisConfig:
         ``"fourier"`` or ``"multiresolution"``, which keep X inside `bounds` by themselves; the
         standard deviation of its start (None: 1, 0.01 and 0), the exponent of the spectrum, and the
         covariance of colours (None: that of natural images).
+    window
+        Side in pixels of what the network reads of X at a step: a part of each image, drawn afresh
+        anywhere in it and mirrored half of the time, for both L_kkt and the priors. It suits large
+        images and networks that read any size; None: all of X.
     resolutions
         Resolutions to optimise pixels at, one after the other, as fractions of the full side, e.g.
         ``(0.25, 0.5, 1.0)``; the steps are shared equally. X is up-sampled to the model's size
@@ -130,6 +142,7 @@ class SynthesisConfig:
     start_spread: float | None = None
     spectral_decay: float = 1.0
     colours: tuple[tuple[float, ...], ...] | None = None
+    window: int | None = None
     resolutions: tuple[float, ...] = ()
     growing_jitter: bool = False
     tolerance: float = 0.0
@@ -173,6 +186,8 @@ class SynthesisConfig:
             check_number(name, getattr(self, name), above=0)
         for name in ("steps", "log_every"):
             check_count(name, getattr(self, name))
+        if self.window is not None:
+            check_count("window", self.window)
         for name in ("multiplier_learning_rate", "minimum_multiplier", "tolerance"):
             check_number(name, getattr(self, name), at_least=0)
         for part in ("stationarity", "primal", "augmented", "tv", "norm"):
@@ -296,6 +311,7 @@ def synthesize(
     theta = classifier.flat_theta
     labels = (as_labels if loss_fn is None else as_targets)(labels).to(theta.device)
     size = _as_shape(shape)
+    _check_window(config, size)
     limits = check_bounds(bounds, size, theta)
     written = parameterise(
         config.parameterisation,
@@ -354,6 +370,14 @@ def _as_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return size
 
 
+def _check_window(config: SynthesisConfig, size: tuple[int, ...]) -> None:
+    if config.window is not None and (len(size) != 3 or config.window > min(size[1:])):
+        raise ValueError(
+            f"window: expected None or a part of images (C, H, W), got {config.window} for shape "
+            f"{list(size)}; {'leave it out' if len(size) != 3 else 'lower it'}"
+        )
+
+
 def _start(
     init: Tensor | None,
     count: int,
@@ -380,6 +404,7 @@ class Stage(NamedTuple):
     size: tuple[int, ...]  # of one sample of pixels: (C, h, w)
     steps: int
     augmentation: AugmentationConfig | None  # None: no augmented term
+    window: int | None = None
 
 
 def plan(config: SynthesisConfig, shape: tuple[int, ...]) -> list[Stage]:
@@ -398,10 +423,26 @@ def plan(config: SynthesisConfig, shape: tuple[int, ...]) -> list[Stage]:
             )
         steps = config.steps // len(fractions) + (number < config.steps % len(fractions))
         used = augmentation if config.augmented_weight else None
-        stages.append(Stage((shape[0], height, width), steps, used))
+        stages.append(Stage((shape[0], height, width), steps, used, config.window))
     return stages
 
 
+class Drawn(NamedTuple):
+    """The random numbers of a step: where its windows lie, and A; None leaves one of them out."""
+
+    windows: Windows | None = None
+    augmentation: Draw | None = None
+
+    def rows(self, part: slice) -> Drawn:
+        """Return the numbers of the images at `part`."""
+        windows, augmentation = self
+        return Drawn(
+            None if windows is None else windows.rows(part),
+            None if augmentation is None else augmentation.rows(part),
+        )
+
+
+WHOLE = Drawn()  # X itself, all of it
 PLAIN, AUGMENTED = "", "augmented_"  # how the names of the terms of X and of A(X) begin
 Measure = Callable[[str, Tensor], Tensor]  # D of one of them: (view, Σ λᵢ ∇_θ Lᵢ) → number
 
@@ -417,7 +458,7 @@ class TotalLoss:
     batch_size: int | None = None
 
     def terms(
-        self, x: Tensor, weights: Tensor, labels: Tensor, numbers: Draw | None, measure: Measure
+        self, x: Tensor, weights: Tensor, labels: Tensor, numbers: Drawn, measure: Measure
     ) -> dict[str, Tensor]:
         """Return the terms of L_total by name, unweighted, and what else the history tells.
 
@@ -449,7 +490,7 @@ class TotalLoss:
         return torch.stack([w * terms[k] for k, w in weights.items() if k in terms]).sum()
 
     def differentiate(
-        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None, *, check: bool
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Drawn, *, check: bool
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Return the terms with ``"total"``, and the slopes of L_total in X and Λ.
 
@@ -464,8 +505,7 @@ class TotalLoss:
         for part in self._parts(count):
             leaves = [value.detach()[part].requires_grad_() for value in (x, multipliers)]
             weights = self.in_sum(leaves[1], count)
-            drawn = None if numbers is None else numbers.rows(part)
-            own = self.terms(leaves[0], weights, labels[part], drawn, measure)
+            own = self.terms(leaves[0], weights, labels[part], numbers.rows(part), measure)
             share = len(leaves[0]) / count  # all terms but the sum over samples are means
             own = {k: v if k.endswith("stationarity") else share * v for k, v in own.items()}
             slopes.append(self._slopes(own, leaves, check=check))
@@ -492,7 +532,7 @@ class TotalLoss:
             raise ValueError(explain_failure(self.classifier.model, inputs, error)) from error
 
     def _measure(
-        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Drawn
     ) -> tuple[Measure, dict[str, Tensor]]:
         """Return D as a function of (view, g), or in batches its linear part, with D's values."""
         theta, kind = self.classifier.flat_theta, self.config.distance
@@ -507,14 +547,13 @@ class TotalLoss:
         return lambda view, gradient: slopes[view] @ gradient, values
 
     def gradients(
-        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Draw | None = None
+        self, x: Tensor, multipliers: Tensor, labels: Tensor, numbers: Drawn = WHOLE
     ) -> dict[str, Tensor]:
         """Return g = Σ λᵢ ∇_θ Lᵢ of each view, [P], batch by batch, without a graph."""
         weights = self.in_sum(multipliers.detach(), len(x))
         sums: dict[str, Tensor] = {}
         for part in self._parts(len(x)):
-            drawn = None if numbers is None else numbers.rows(part)
-            for view, seen in self._views(x.detach()[part], drawn).items():
+            for view, seen in self._views(x.detach()[part], numbers.rows(part)).items():
                 losses, _ = self.classifier.losses(seen, labels[part])
                 own = self.classifier.gradient(losses, weights[part], differentiable=False)
                 sums[view] = flatten(own) + sums.get(view, 0.0)
@@ -540,10 +579,14 @@ class TotalLoss:
                 weights = weights * scale
         return SupportSet(x, state.labels, weights)
 
-    def _views(self, x: Tensor, numbers: Draw | None) -> dict[str, Tensor]:
-        """Return X and, where A was drawn, A(X), at full size, by what their terms begin with."""
-        x = self.written.image(x)
-        return {PLAIN: x} if numbers is None else {PLAIN: x, AUGMENTED: apply(x, numbers)}
+    def _views(self, x: Tensor, numbers: Drawn) -> dict[str, Tensor]:
+        """Return what is seen of X and, where A was drawn, A of it, by how their terms begin."""
+        views = {PLAIN: self.written.image(x)}
+        if numbers.windows is not None:
+            views[PLAIN] = cut(views[PLAIN], numbers.windows)
+        if numbers.augmentation is not None:
+            views[AUGMENTED] = apply(views[PLAIN], numbers.augmentation)
+        return views
 
     def _parts(self, count: int) -> list[slice]:
         size = self.batch_size or count
@@ -598,18 +641,23 @@ def _optimise(
     return status
 
 
-def _draw(stage: Stage, shape: tuple[int, ...], state: State) -> Draw | None:
-    """Draw A afresh for every sample of X at full size; None where the stage has no A."""
-    if stage.augmentation is None:
-        return None
-    return draw(
-        stage.augmentation,
-        len(state.x),
-        (shape[0], shape[1], shape[2]),
-        generator=state.generator,
-        device=state.x.device,
-        dtype=state.x.dtype,
-    )
+def _draw(stage: Stage, shape: tuple[int, ...], state: State) -> Drawn:
+    """Draw windows of X at full size, and A of what is seen, afresh for every sample."""
+    windows, numbers, count = None, None, len(state.x)
+    if stage.window is not None:
+        height, width = shape[1:]
+        windows = draw_windows(stage.window, count, (height, width), generator=state.generator)
+        shape = (shape[0], stage.window, stage.window)
+    if stage.augmentation is not None:
+        numbers = draw(
+            stage.augmentation,
+            count,
+            (shape[0], shape[1], shape[2]),
+            generator=state.generator,
+            device=state.x.device,
+            dtype=state.x.dtype,
+        )
+    return Drawn(windows, numbers)
 
 
 def _finite(*values: Tensor) -> bool:
