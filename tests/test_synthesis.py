@@ -28,7 +28,7 @@ from dsvlib import (
     total_variation,
 )
 from dsvlib._files import repository_root
-from dsvlib.augmentation import draw
+from dsvlib.augmentation import Windows, draw, draw_windows
 from dsvlib.synthesis import Step
 
 LABELS = [0, 1, 2, 0]
@@ -895,3 +895,117 @@ def test_what_other_ways_to_write_an_image_need():
         replace(BARE, parameterisation="multiresolution", resolutions=(0.5, 1.0))
     with pytest.raises(ValueError, match="parameterisation: expected one of 'pixels'"):
         replace(BARE, parameterisation="wavelets")
+
+
+class Mean(nn.Module):
+    """Reads images of any size, as networks with global pooling do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(2, 5, 3, padding=1), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(inputs)).mean(dim=(2, 3)))
+
+
+WINDOWED = SynthesisConfig(steps=12, learning_rate=0.05, log_every=5, window=3)
+
+
+def test_each_window_lies_inside_and_is_drawn_afresh(monkeypatch):
+    seen = []
+    draw_windows = synthesis.draw_windows
+
+    def listen(*args, **options):
+        seen.append(draw_windows(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(synthesis, "draw_windows", listen)
+    run(Mean(), config=replace(WINDOWED, steps=40))
+    corners = torch.stack([torch.stack([w.top, w.left]) for w in seen])
+    assert corners.shape == (40, 2, len(LABELS))
+    assert corners.min() == 0
+    assert corners.max() == SHAPE[1] - 3
+    assert len(torch.stack([w.mirrored for w in seen]).unique(dim=0)) > 4
+
+
+def test_the_network_reads_windows_and_returns_whole_images():
+    read = set()
+
+    class Listens(Mean):
+        def forward(self, inputs: Tensor) -> Tensor:
+            read.add(tuple(inputs.shape[2:]))
+            return super().forward(inputs)
+
+    samples = run(Listens(), config=WINDOWED).samples
+    assert samples.inputs.shape[1:] == SHAPE
+    assert read == {(3, 3), SHAPE[1:]}  # the whole once more, for λ's scale and the residuals
+
+
+@pytest.mark.parametrize("augmented_weight", [0.0, 1.0])
+def test_a_window_of_the_whole_that_is_not_mirrored_changes_nothing(augmented_weight, monkeypatch):
+    """The oracle is the same run without a window, whose augmentation draws the same numbers."""
+
+    def whole(side, count, size, *, generator):
+        zeros = torch.zeros(count, dtype=torch.int64)
+        return Windows(side, zeros, zeros, zeros.bool())
+
+    monkeypatch.setattr(synthesis, "draw_windows", whole)
+    config = replace(WINDOWED, window=None, augmented_weight=augmented_weight)
+    expected = run(Mean(), config=config, generator=seeded(3))
+    windowed = run(Mean(), config=replace(config, window=SHAPE[1]), generator=seeded(3))
+    assert same(windowed.samples, expected.samples)
+    assert windowed.history.equals(expected.history)
+
+
+def test_the_first_row_is_the_loss_of_the_windows():
+    model, generator = Mean(), seeded(3)
+    config = replace(WINDOWED, steps=1, tv_weight=0.0, augmented_weight=0.0)
+    row = run(model, config=config, generator=seeded(3)).history.iloc[0]
+    x = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
+    windows = draw_windows(3, len(LABELS), SHAPE[1:], generator=generator)
+    parts = []
+    for image, top, left, mirrored in zip(x, *windows[1:], strict=True):
+        columns = list(range(left, left + 3))
+        part = image[:, top : top + 3][:, :, columns[::-1] if mirrored else columns]
+        parts.append(part)
+    samples = SupportSet(torch.stack(parts), torch.tensor(LABELS), torch.ones(len(LABELS)).double())
+    expected = deepkkt_loss(model, samples, primal_weight=0.0)
+    assert row["stationarity"] == pytest.approx(float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_windows_in_batches_change_nothing_but_rounding(batch_size):
+    whole, parts = (
+        run(Mean(), config=WINDOWED, generator=seeded(3), batch_size=size).samples
+        for size in (None, batch_size)
+    )
+    torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-7, atol=1e-9)
+
+
+def test_resumed_run_draws_the_same_windows(tmp_path):
+    path = tmp_path / "state.safetensors"
+    whole = run(Mean(), config=WINDOWED, generator=seeded(5))
+    solution, steps = interrupted(path, WINDOWED, 7, 4, model=Mean())
+    assert steps[0] == 5
+    assert same(solution.samples, whole.samples)
+    assert solution.history.equals(whole.history)
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_has_a_side(window):
+    with pytest.raises(ValueError, match=f"window: expected a finite number ≥ 1, got {window}"):
+        SynthesisConfig(window=window)
+
+
+def test_windows_need_images_that_hold_them():
+    with pytest.raises(ValueError, match=r"window: expected .* got 5 for shape \[2, 4, 4\]; lower"):
+        run(Mean(), config=replace(WINDOWED, window=5))
+    with pytest.raises(ValueError, match=r"window: expected .* shape \[6\]; leave it out"):
+        run(nn.Linear(6, 3).double(), shape=(6,), config=WINDOWED)
+
+
+def test_a_network_of_one_size_cannot_read_windows():
+    with pytest.raises(ValueError, match=r"expected a shape that the model can read.*3, 3\]"):
+        run(config=WINDOWED)

@@ -72,7 +72,8 @@ def load_classifier(
             shipped = {p.stem for f in folders for p in f.glob("*.safetensors")}
             shipped |= set(PACKAGED) if file.name.startswith("imagenet") else set()
             raise FileNotFoundError(
-                f"expected a file or one of the shipped classifiers {sorted(shipped)}, got {str(path)!r}"
+                f"expected a file or one of the shipped classifiers {sorted(shipped)}, got "
+                f"{str(path)!r}"
             )
     sys.audit("dsvlib.load_classifier", str(file))  # who keeps records may listen
     tensors, header = read_safetensors(file, FORMAT, "save_classifier")
