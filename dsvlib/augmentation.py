@@ -236,42 +236,50 @@ def apply(inputs: Tensor, numbers: Draw) -> Tensor:
 
 
 class Windows(NamedTuple):
-    """A square part of each image, mirrored or not, that is read in place of the whole."""
+    """A square part of each image, mirrored or not, that is read in its place at size `side`."""
 
     side: int
-    top: Tensor  # int64 [n], on the CPU as the rest
+    extent: Tensor  # int64 [n], sides of the parts; on the CPU as the others
+    top: Tensor  # int64 [n]
     left: Tensor  # int64 [n]
     mirrored: Tensor  # bool [n]
 
     def rows(self, part: slice) -> Windows:
         """Return the windows of the images at `part`."""
-        return Windows(self.side, self.top[part], self.left[part], self.mirrored[part])
+        return Windows(self.side, *(value[part] for value in self[1:]))
 
 
 def draw_windows(
     side: int, count: int, size: tuple[int, int], *, generator: torch.Generator
 ) -> Windows:
-    """Draw a window for each of `count` images (H, W): anywhere inside, mirrored half of the time.
+    """Draw a window for each of `count` images (H, W).
 
-    Raises ValueError where a window of this side does not fit.
+    Its extent is anything from `side` to the whole, it lies anywhere inside, and half of them are
+    mirrored. Raises ValueError where a window of this side does not fit.
     """
-    if not 0 < side <= min(size):
+    largest = min(size)
+    if not 0 < side <= largest:
         raise ValueError(
-            f"window: expected a side from 1 to {min(size)}, which fits into images of "
+            f"window: expected a side from 1 to {largest}, which fits into images of "
             f"{size[0]}×{size[1]}, got {side}; lower it, or take larger images"
         )
-    top, left = (torch.randint(length - side + 1, (count,), generator=generator) for length in size)
-    return Windows(side, top, left, torch.rand(count, generator=generator) < 0.5)
+    extent = torch.randint(side, largest + 1, (count,), generator=generator)
+    top, left = (
+        (torch.rand(count, generator=generator) * (length - extent + 1)).long() for length in size
+    )
+    return Windows(side, extent, top, left, torch.rand(count, generator=generator) < 0.5)
 
 
 def cut(inputs: Tensor, windows: Windows) -> Tensor:
-    """Return the windows [n, C, side, side] of images [n, C, H, W]."""
-    side, parts = windows.side, []
-    corners = zip(windows.top.tolist(), windows.left.tolist(), strict=True)
-    for image, (top, left), mirrored in zip(inputs, corners, windows.mirrored, strict=True):
-        part = image[:, top : top + side, left : left + side]
+    """Return the windows of images [n, C, H, W], scaled to their side: [n, C, side, side]."""
+    parts, side = [], windows.side
+    places = zip(*(value.tolist() for value in windows[1:]), strict=True)
+    for image, (extent, top, left, mirrored) in zip(inputs, places, strict=True):
+        part = image[None, :, top : top + extent, left : left + extent]
+        if extent != side:
+            part = F.interpolate(part, (side, side), mode="bilinear", antialias=True)
         parts.append(part.flip(-1) if mirrored else part)
-    return torch.stack(parts)
+    return torch.cat(parts)
 
 
 def augment(inputs: Tensor, config: AugmentationConfig, *, generator: torch.Generator) -> Tensor:

@@ -101,9 +101,10 @@ class SynthesisConfig:
         standard deviation of its start (None: 1, 0.01 and 0), the exponent of the spectrum, and the
         covariance of colours (None: that of natural images).
     window
-        Side in pixels of what the network reads of X at a step: a part of each image, drawn afresh
-        anywhere in it and mirrored half of the time, for both L_kkt and the priors. It suits large
-        images and networks that read any size; None: all of X.
+        Side in pixels of what the network reads of X at a step: a square part of each image, from
+        this side up to the whole, drawn afresh anywhere in it, scaled to this side and mirrored
+        half of the time; for both L_kkt and the priors. It suits large images and networks that
+        read any size. None: all of X.
     resolutions
         Resolutions to optimise pixels at, one after the other, as fractions of the full side, e.g.
         ``(0.25, 0.5, 1.0)``; the steps are shared equally. X is up-sampled to the model's size

@@ -910,6 +910,10 @@ class Mean(nn.Module):
         return self.last(torch.tanh(self.first(inputs)).mean(dim=(2, 3)))
 
 
+# four pixels to three by hand: triangles of half-width 4/3 around 2/3, 2 and 10/3
+SHRINK = (
+    torch.tensor([[7.0, 3.0, 0.0, 0.0], [0.0, 5.0, 5.0, 0.0], [0.0, 0.0, 3.0, 7.0]]).double() / 10
+)
 WINDOWED = SynthesisConfig(steps=12, learning_rate=0.05, log_every=5, window=3)
 
 
@@ -922,11 +926,13 @@ def test_each_window_lies_inside_and_is_drawn_afresh(monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(synthesis, "draw_windows", listen)
-    run(Mean(), config=replace(WINDOWED, steps=40))
+    run(Mean(), config=replace(WINDOWED, steps=40, window=2))
     corners = torch.stack([torch.stack([w.top, w.left]) for w in seen])
+    extents = torch.stack([w.extent for w in seen])
     assert corners.shape == (40, 2, len(LABELS))
     assert corners.min() == 0
-    assert corners.max() == SHAPE[1] - 3
+    assert set(extents.flatten().tolist()) == {2, 3, 4}
+    assert (corners + extents[:, None]).max() == SHAPE[1]
     assert len(torch.stack([w.mirrored for w in seen]).unique(dim=0)) > 4
 
 
@@ -949,7 +955,7 @@ def test_a_window_of_the_whole_that_is_not_mirrored_changes_nothing(augmented_we
 
     def whole(side, count, size, *, generator):
         zeros = torch.zeros(count, dtype=torch.int64)
-        return Windows(side, zeros, zeros, zeros.bool())
+        return Windows(side, zeros + side, zeros, zeros, zeros.bool())
 
     monkeypatch.setattr(synthesis, "draw_windows", whole)
     config = replace(WINDOWED, window=None, augmented_weight=augmented_weight)
@@ -966,13 +972,15 @@ def test_the_first_row_is_the_loss_of_the_windows():
     x = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
     windows = draw_windows(3, len(LABELS), SHAPE[1:], generator=generator)
     parts = []
-    for image, top, left, mirrored in zip(x, *windows[1:], strict=True):
-        columns = list(range(left, left + 3))
-        part = image[:, top : top + 3][:, :, columns[::-1] if mirrored else columns]
-        parts.append(part)
+    assert set(windows.extent.tolist()) == {3, 4}
+    for image, extent, top, left, mirrored in zip(x, *windows[1:], strict=True):
+        part = image[:, top : top + extent, left : left + extent]
+        part = part.flip(-1) if mirrored else part
+        narrow = SHRINK if extent == 4 else torch.eye(3).double()
+        parts.append(narrow @ part @ narrow.T)
     samples = SupportSet(torch.stack(parts), torch.tensor(LABELS), torch.ones(len(LABELS)).double())
     expected = deepkkt_loss(model, samples, primal_weight=0.0)
-    assert row["stationarity"] == pytest.approx(float(expected), rel=1e-10)
+    assert row["stationarity"] == pytest.approx(expected.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
