@@ -74,6 +74,10 @@ class SynthesisConfig:
 
     steps, learning_rate, betas, schedule
         Adam steps on X over all resolutions, with a ``"cosine"`` or ``"constant"`` schedule.
+    optimizer
+        ``"adam"``, or for X ``"scaled"`` gradient descent: each sample's gradient is scaled to
+        length 1, so that `learning_rate` is the length of a step. Where Adam moves every
+        coefficient alike, noise too, it leaves alone what the loss does not ask for.
     multiplier_learning_rate, initial_multiplier
         Adam's rate and the start for Λ; rate 0 keeps λ fixed.
     negative_multiplier
@@ -124,6 +128,7 @@ class SynthesisConfig:
     learning_rate: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
     schedule: Literal["cosine", "constant"] = "cosine"
+    optimizer: Literal["adam", "scaled"] = "adam"
     multiplier_learning_rate: float = 0.02
     initial_multiplier: float = 1.0
     negative_multiplier: Literal["clamp", "remove"] = "clamp"
@@ -176,6 +181,7 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         check_choice("schedule", self.schedule, ("cosine", "constant"))
+        check_choice("optimizer", self.optimizer, ("adam", "scaled"))
         check_choice("negative_multiplier", self.negative_multiplier, ("clamp", "remove"))
         check_choice("distance", self.distance, DISTANCES)
         check_choice("reduction", self.reduction, ("sum", "mean"))
@@ -327,6 +333,7 @@ def synthesize(
     multipliers = torch.full((len(labels),), float(config.initial_multiplier)).to(theta)
     rates = (config.learning_rate, config.multiplier_learning_rate)
     state = State(_inside(leaves, limits), multipliers, labels, generator, rates, config.betas)
+    state.scaled = config.optimizer == "scaled"
     keeper = None
     if checkpoint is not None:
         keeper = Checkpoint(

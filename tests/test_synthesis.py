@@ -619,6 +619,7 @@ def test_bad_arguments_are_refused(options, error, message):
     ("setting", "message"),
     [
         ({"schedule": "cosin"}, "schedule: expected one of.*did you mean 'cosine'"),
+        ({"optimizer": "sgd"}, "optimizer: expected one of 'adam', 'scaled', got 'sgd'"),
         ({"negative_multiplier": "drop"}, "negative_multiplier: expected one of 'clamp', 'remove'"),
         ({"distance": "l3"}, "distance: expected one of 'cosine', 'l1', 'l2', got 'l3'"),
         ({"reduction": "none"}, "reduction: expected one of 'sum', 'mean'"),
@@ -1017,3 +1018,42 @@ def test_windows_need_images_that_hold_them():
 def test_a_network_of_one_size_cannot_read_windows():
     with pytest.raises(ValueError, match=r"expected a shape that the model can read.*3, 3\]"):
         run(config=WINDOWED)
+
+
+# --- gradient descent with scaled gradients ------------------------------------------------------
+
+SCALED = replace(BARE, optimizer="scaled", learning_rate=0.3, schedule="constant")
+
+
+def test_a_scaled_step_goes_down_the_slope_by_the_rate(generator):
+    start = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
+    model, config = build("conv"), replace(SCALED, steps=1, multiplier_learning_rate=0.0)
+    leaf = start.clone().requires_grad_()
+    ones = torch.ones(len(LABELS)).double()
+    loss = deepkkt_loss(model, SupportSet(leaf, torch.tensor(LABELS), ones))
+    (slope,) = torch.autograd.grad(loss, leaf)
+    end = run(model, config=config, init=start).samples.inputs
+    for own, before, after in zip(slope, start, end, strict=True):
+        expected = before - 0.3 * own / own.square().sum().sqrt()
+        torch.testing.assert_close(after, expected)
+
+
+def test_a_scaled_run_lowers_the_loss_and_a_slope_of_zero_stays():
+    history = run(config=replace(SCALED, steps=40, learning_rate=0.1, schedule="cosine")).history
+    assert history["total"].iloc[-1] < history["total"].iloc[0]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double()
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.tensor([5.0, 0.0, 0.0]))
+    still = replace(SCALED, stationarity_weight=0.0, steps=2)  # classified as labelled: no slope
+    start = torch.ones(2, *SHAPE).double()
+    assert torch.equal(run(model, [0, 0], config=still, init=start).samples.inputs, start)
+
+
+@pytest.mark.parametrize("negative", ["clamp", "remove"])
+def test_a_scaled_run_is_resumed_exactly(negative, tmp_path):
+    config = replace(LONG, optimizer="scaled", negative_multiplier=negative)
+    whole = run(config=config, generator=seeded(5))
+    solution, _ = interrupted(tmp_path / "state", config, 9, 4)
+    assert same(solution.samples, whole.samples)
+    assert solution.history.equals(whole.history)
