@@ -152,6 +152,17 @@ def test_primal_only():
     assert torch.equal(solution.samples.multipliers, torch.ones(4).double())  # nothing moves them
 
 
+def test_without_the_switch_every_sample_has_a_primal_loss(generator):
+    model, start = build("conv"), torch.randn(4, *SHAPE, generator=generator).double()
+    logits = model.eval()(start)
+    right = logits.argmax(dim=1)  # classified as labelled, each of them
+    expected = -logits.log_softmax(dim=1).gather(1, right[:, None]).mean().item()
+    for switch, value in ((True, 0.0), (False, expected)):
+        config = replace(BARE, steps=1, primal_switch=switch)
+        row = run(model, right, config=config, init=start).history.iloc[0]
+        assert row["primal"] == pytest.approx(value)
+
+
 def test_reduction_mean_returns_the_weights_in_the_sum():
     model = build("conv")
     config = replace(BARE, steps=20, distance="l2", reduction="mean", multiplier_learning_rate=0.5)
