@@ -2,7 +2,8 @@
 
 Drawing the random numbers is kept apart from applying them, so that one draw can be shared by real
 and synthetic images (siamese augmentation) or repeated on another set. All geometry of a draw is
-one resampling of the image.
+one resampling of the image. A window, which a network reads of a larger canvas, is drawn and cut
+apart from it.
 
 Shapes: inputs [n, C, H, W] in normalised units; a draw holds one row per image, or a single row
 that all images share.
@@ -232,6 +233,53 @@ def apply(inputs: Tensor, numbers: Draw) -> Tensor:
     if numbers.noise is not None:
         inputs = inputs + numbers.noise
     return inputs
+
+
+class Windows(NamedTuple):
+    """A square part of each image, mirrored or not, that is read in its place at size `side`."""
+
+    side: int
+    extent: Tensor  # int64 [n], sides of the parts; on the CPU as the others
+    top: Tensor  # int64 [n]
+    left: Tensor  # int64 [n]
+    mirrored: Tensor  # bool [n]
+
+    def rows(self, part: slice) -> Windows:
+        """Return the windows of the images at `part`."""
+        return Windows(self.side, *(value[part] for value in self[1:]))
+
+
+def draw_windows(
+    side: int, count: int, size: tuple[int, int], *, generator: torch.Generator
+) -> Windows:
+    """Draw a window for each of `count` images (H, W).
+
+    Its extent is anything from `side` to the whole, it lies anywhere inside, and half of them are
+    mirrored. Raises ValueError where a window of this side does not fit.
+    """
+    largest = min(size)
+    if not 0 < side <= largest:
+        raise ValueError(
+            f"window: expected a side from 1 to {largest}, which fits into images of "
+            f"{size[0]}×{size[1]}, got {side}; lower it, or take larger images"
+        )
+    extent = torch.randint(side, largest + 1, (count,), generator=generator)
+    top, left = (
+        (torch.rand(count, generator=generator) * (length - extent + 1)).long() for length in size
+    )
+    return Windows(side, extent, top, left, torch.rand(count, generator=generator) < 0.5)
+
+
+def cut(inputs: Tensor, windows: Windows) -> Tensor:
+    """Return the windows of images [n, C, H, W], scaled to their side: [n, C, side, side]."""
+    parts, side = [], windows.side
+    places = zip(*(value.tolist() for value in windows[1:]), strict=True)
+    for image, (extent, top, left, mirrored) in zip(inputs, places, strict=True):
+        part = image[None, :, top : top + extent, left : left + extent]
+        if extent != side:
+            part = F.interpolate(part, (side, side), mode="bilinear", antialias=True)
+        parts.append(part.flip(-1) if mirrored else part)
+    return torch.cat(parts)
 
 
 def augment(inputs: Tensor, config: AugmentationConfig, *, generator: torch.Generator) -> Tensor:

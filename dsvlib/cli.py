@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dsvlib.classifiers.foreign import Classifier
     from dsvlib.conditions import Residuals
     from dsvlib.solution import Solution
+    from dsvlib.synthesis import SynthesisConfig
 
 Register = Callable[[typer.Typer], None]
 
@@ -133,7 +134,10 @@ def synthesize(
     out: Annotated[Path, typer.Option(help="New folder for the results.")],
     classifier: Annotated[
         str | None,
-        typer.Option(help="A file, digits-convnet, or torchvision:resnet50."),
+        typer.Option(
+            help="A file, digits-convnet, imagenet-efficientnet-lite0 (the extra [imagenet]) or "
+            "torchvision:resnet50."
+        ),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="Your own: MODULE:CALLABLE, with --weights.")
@@ -190,8 +194,7 @@ def synthesize(
                 wanted = opened.labels(labels.split(","))
             except ValueError as error:
                 raise RequestError(f"--{error}") from None
-        kinds = dsvlib.SynthesisConfig
-        preset = kinds.strokes if opened.dataset == "digits" else kinds.photographs
+        preset = _preset(opened)
         solution = dsvlib.synthesize(
             opened.model,
             wanted,
@@ -209,6 +212,19 @@ def synthesize(
     if checkpoint is not None:  # once all is in its place
         checkpoint.unlink(missing_ok=True)
     print(f"{len(solution.samples)} deep support vectors in {out}. {solution.status}")
+
+
+def _preset(opened: Classifier) -> Callable[..., SynthesisConfig]:
+    """Return the settings for what a classifier reads; windows for networks that read them."""
+    from dsvlib.synthesis import SynthesisConfig
+
+    if opened.dataset == "digits":
+        return SynthesisConfig.strokes
+    channels, *sides = opened.shape
+    window = SynthesisConfig.large_photographs().window or 0
+    if min(sides) > window and opened.reads((channels, window, window)):
+        return SynthesisConfig.large_photographs
+    return SynthesisConfig.photographs
 
 
 def _check_range(option: str, value: int | None, lowest: int, highest: int | None = None) -> None:

@@ -304,3 +304,25 @@ def test_the_picture_shows_every_image_with_its_name(tmp_path: Path) -> None:
 def test_data_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("data", "list") == 0
     assert "digits" in capsys.readouterr().out
+
+
+class Any224(torch.nn.Module):
+    def __init__(self, fixed: bool) -> None:
+        super().__init__()
+        self.fixed, self.last = fixed, torch.nn.Linear(3, 2)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.fixed and inputs.shape[2:] != (224, 224):
+            raise ValueError("reads one size")
+        return self.last(inputs.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("side", "fixed", "expected"),
+    [(224, False, "large_photographs"), (224, True, "photographs"), (32, False, "photographs")],
+)
+def test_large_images_get_windows_where_the_network_reads_them(side, fixed, expected):
+    opened = dsvlib.Classifier(
+        Any224(fixed), classes=("a", "b"), mean=(0.5,) * 3, std=(0.5,) * 3, shape=(3, side, side)
+    )
+    assert cli._preset(opened)() == getattr(dsvlib.SynthesisConfig, expected)()

@@ -25,7 +25,8 @@ from dsvlib import (
     synthesize,
     total_variation,
 )
-from dsvlib.augmentation import draw
+from dsvlib._files import repository_root
+from dsvlib.augmentation import Windows, draw, draw_windows
 from dsvlib.synthesis import Step
 
 LABELS = [0, 1, 2, 0]
@@ -147,6 +148,17 @@ def test_primal_only():
     assert solution.history["total"].iloc[0] == solution.history["primal"].iloc[0] > 0
     assert solution.history["feasible"].iloc[-1] == 1
     assert torch.equal(solution.samples.multipliers, torch.ones(4).double())  # nothing moves them
+
+
+def test_without_the_switch_every_sample_has_a_primal_loss(generator):
+    model, start = build("conv"), torch.randn(4, *SHAPE, generator=generator).double()
+    logits = model.eval()(start)
+    right = logits.argmax(dim=1)  # classified as labelled, each of them
+    expected = -logits.log_softmax(dim=1).gather(1, right[:, None]).mean().item()
+    for switch, value in ((True, 0.0), (False, expected)):
+        config = replace(BARE, steps=1, primal_switch=switch)
+        row = run(model, right, config=config, init=start).history.iloc[0]
+        assert row["primal"] == pytest.approx(value)
 
 
 def test_reduction_mean_returns_the_weights_in_the_sum():
@@ -616,6 +628,7 @@ def test_bad_arguments_are_refused(options, error, message):
     ("setting", "message"),
     [
         ({"schedule": "cosin"}, "schedule: expected one of.*did you mean 'cosine'"),
+        ({"optimizer": "sgd"}, "optimizer: expected one of 'adam', 'scaled', got 'sgd'"),
         ({"negative_multiplier": "drop"}, "negative_multiplier: expected one of 'clamp', 'remove'"),
         ({"distance": "l3"}, "distance: expected one of 'cosine', 'l1', 'l2', got 'l3'"),
         ({"reduction": "none"}, "reduction: expected one of 'sum', 'mean'"),
@@ -894,3 +907,164 @@ def test_what_other_ways_to_write_an_image_need():
         replace(BARE, parameterisation="multiresolution", resolutions=(0.5, 1.0))
     with pytest.raises(ValueError, match="parameterisation: expected one of 'pixels'"):
         replace(BARE, parameterisation="wavelets")
+
+
+class Mean(nn.Module):
+    """Reads images of any size, as networks with global pooling do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(2, 5, 3, padding=1), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(inputs)).mean(dim=(2, 3)))
+
+
+# four pixels to three by hand: triangles of half-width 4/3 around 2/3, 2 and 10/3
+SHRINK = (
+    torch.tensor([[7.0, 3.0, 0.0, 0.0], [0.0, 5.0, 5.0, 0.0], [0.0, 0.0, 3.0, 7.0]]).double() / 10
+)
+WINDOWED = SynthesisConfig(steps=12, learning_rate=0.05, log_every=5, window=3)
+
+
+def test_each_window_lies_inside_and_is_drawn_afresh(monkeypatch):
+    seen = []
+    draw_windows = synthesis.draw_windows
+
+    def listen(*args, **options):
+        seen.append(draw_windows(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(synthesis, "draw_windows", listen)
+    run(Mean(), config=replace(WINDOWED, steps=40, window=2))
+    corners = torch.stack([torch.stack([w.top, w.left]) for w in seen])
+    extents = torch.stack([w.extent for w in seen])
+    assert corners.shape == (40, 2, len(LABELS))
+    assert corners.min() == 0
+    assert set(extents.flatten().tolist()) == {2, 3, 4}
+    assert (corners + extents[:, None]).max() == SHAPE[1]
+    assert len(torch.stack([w.mirrored for w in seen]).unique(dim=0)) > 4
+
+
+def test_the_network_reads_windows_and_returns_whole_images():
+    read = set()
+
+    class Listens(Mean):
+        def forward(self, inputs: Tensor) -> Tensor:
+            read.add(tuple(inputs.shape[2:]))
+            return super().forward(inputs)
+
+    samples = run(Listens(), config=WINDOWED).samples
+    assert samples.inputs.shape[1:] == SHAPE
+    assert read == {(3, 3), SHAPE[1:]}  # the whole once more, for λ's scale and the residuals
+
+
+@pytest.mark.parametrize("augmented_weight", [0.0, 1.0])
+def test_a_window_of_the_whole_that_is_not_mirrored_changes_nothing(augmented_weight, monkeypatch):
+    """The oracle is the same run without a window, whose augmentation draws the same numbers."""
+
+    def whole(side, count, size, *, generator):
+        zeros = torch.zeros(count, dtype=torch.int64)
+        return Windows(side, zeros + side, zeros, zeros, zeros.bool())
+
+    monkeypatch.setattr(synthesis, "draw_windows", whole)
+    config = replace(WINDOWED, window=None, augmented_weight=augmented_weight)
+    expected = run(Mean(), config=config, generator=seeded(3))
+    windowed = run(Mean(), config=replace(config, window=SHAPE[1]), generator=seeded(3))
+    assert same(windowed.samples, expected.samples)
+    assert windowed.history.equals(expected.history)
+
+
+def test_the_first_row_is_the_loss_of_the_windows():
+    model, generator = Mean(), seeded(3)
+    config = replace(WINDOWED, steps=1, tv_weight=0.0, augmented_weight=0.0)
+    row = run(model, config=config, generator=seeded(3)).history.iloc[0]
+    x = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
+    windows = draw_windows(3, len(LABELS), SHAPE[1:], generator=generator)
+    parts = []
+    assert set(windows.extent.tolist()) == {3, 4}
+    for image, extent, top, left, mirrored in zip(x, *windows[1:], strict=True):
+        part = image[:, top : top + extent, left : left + extent]
+        part = part.flip(-1) if mirrored else part
+        narrow = SHRINK if extent == 4 else torch.eye(3).double()
+        parts.append(narrow @ part @ narrow.T)
+    samples = SupportSet(torch.stack(parts), torch.tensor(LABELS), torch.ones(len(LABELS)).double())
+    expected = deepkkt_loss(model, samples, primal_weight=0.0)
+    assert row["stationarity"] == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_windows_in_batches_change_nothing_but_rounding(batch_size):
+    whole, parts = (
+        run(Mean(), config=WINDOWED, generator=seeded(3), batch_size=size).samples
+        for size in (None, batch_size)
+    )
+    torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-7, atol=1e-9)
+
+
+def test_resumed_run_draws_the_same_windows(tmp_path):
+    path = tmp_path / "state.safetensors"
+    whole = run(Mean(), config=WINDOWED, generator=seeded(5))
+    solution, steps = interrupted(path, WINDOWED, 7, 4, model=Mean())
+    assert steps[0] == 5
+    assert same(solution.samples, whole.samples)
+    assert solution.history.equals(whole.history)
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_has_a_side(window):
+    with pytest.raises(ValueError, match=f"window: expected a finite number ≥ 1, got {window}"):
+        SynthesisConfig(window=window)
+
+
+def test_windows_need_images_that_hold_them():
+    with pytest.raises(ValueError, match=r"window: expected .* got 5 for shape \[2, 4, 4\]; lower"):
+        run(Mean(), config=replace(WINDOWED, window=5))
+    with pytest.raises(ValueError, match=r"window: expected .* shape \[6\]; leave it out"):
+        run(nn.Linear(6, 3).double(), shape=(6,), config=WINDOWED)
+
+
+def test_a_network_of_one_size_cannot_read_windows():
+    with pytest.raises(ValueError, match=r"expected a shape that the model can read.*3, 3\]"):
+        run(config=WINDOWED)
+
+
+# --- gradient descent with scaled gradients ------------------------------------------------------
+
+SCALED = replace(BARE, optimizer="scaled", learning_rate=0.3, schedule="constant")
+
+
+def test_a_scaled_step_goes_down_the_slope_by_the_rate(generator):
+    start = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
+    model, config = build("conv"), replace(SCALED, steps=1, multiplier_learning_rate=0.0)
+    leaf = start.clone().requires_grad_()
+    ones = torch.ones(len(LABELS)).double()
+    loss = deepkkt_loss(model, SupportSet(leaf, torch.tensor(LABELS), ones))
+    (slope,) = torch.autograd.grad(loss, leaf)
+    end = run(model, config=config, init=start).samples.inputs
+    for own, before, after in zip(slope, start, end, strict=True):
+        expected = before - 0.3 * own / own.square().sum().sqrt()
+        torch.testing.assert_close(after, expected)
+
+
+def test_a_scaled_run_lowers_the_loss_and_a_slope_of_zero_stays():
+    history = run(config=replace(SCALED, steps=40, learning_rate=0.1, schedule="cosine")).history
+    assert history["total"].iloc[-1] < history["total"].iloc[0]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double()
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.tensor([5.0, 0.0, 0.0]))
+    still = replace(SCALED, stationarity_weight=0.0, steps=2)  # classified as labelled: no slope
+    start = torch.ones(2, *SHAPE).double()
+    assert torch.equal(run(model, [0, 0], config=still, init=start).samples.inputs, start)
+
+
+@pytest.mark.parametrize("negative", ["clamp", "remove"])
+def test_a_scaled_run_is_resumed_exactly(negative, tmp_path):
+    config = replace(LONG, optimizer="scaled", negative_multiplier=negative)
+    whole = run(config=config, generator=seeded(5))
+    solution, _ = interrupted(tmp_path / "state", config, 9, 4)
+    assert same(solution.samples, whole.samples)
+    assert solution.history.equals(whole.history)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsvlib._validation import check_choice, check_count
+from dsvlib.classifiers.efficientnet import EfficientNetLite
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def _vit(
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
+    "efficientnet-lite": EfficientNetLite,
     "resnet18": _resnet("resnet18"),
     "resnet50": _resnet("resnet50"),
     "vit": _vit,
@@ -175,7 +177,8 @@ def build_model(
         ``"convnet"`` (options ``width=128``, ``depth=3``, ``norm="instance"|"batch"|"none"``,
         ``pooling="avg"|"max"``), ``"resnet18"``, ``"resnet50"`` (with a 3×3 stem for images up to
         64 pixels; options ``width=64`` of the first stage, ``stride`` of the stem), ``"vit"``
-        (options ``patch=4``, ``width=64``, ``depth=4``, ``heads=4``).
+        (options ``patch=4``, ``width=64``, ``depth=4``, ``heads=4``), ``"efficientnet-lite"``
+        (options ``width=1.0``, ``depth=1.0``, ``dropout=0.2``).
     num_classes
         Number of logits K ≥ 1.
     shape

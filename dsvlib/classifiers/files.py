@@ -22,6 +22,7 @@ from dsvlib._files import (
     read_safetensors,
 )
 from dsvlib.classifiers.architectures import ModelSpec, build_model, unwrapped
+from dsvlib.classifiers.imagenet import PACKAGED, load_packaged
 
 FORMAT = "dsvlib.classifier.v1"
 DIGESTS = Path(__file__).with_name("SHA256SUMS")  # of the shipped ones, as sha256sum writes them
@@ -54,20 +55,25 @@ def load_classifier(
     """Return a classifier in evaluation mode and its metadata.
 
     `path` is a file, or the name of a shipped classifier such as ``"digits-convnet"``: one in the
-    wheel, in a checkout, in the cache or in the folder `root`. The metadata also holds
+    wheel, in a checkout, in the cache or in the folder `root`, or of ImageNet by the extra
+    ``[imagenet]``: ``"imagenet-efficientnet-lite0"``, ``"…-lite2"``. The metadata also holds
     `architecture`, `num_classes` and `shape`.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged or foreign one, for
     weights that are not finite, and for another file under a shipped one's name.
     """
     file = Path(path)
+    if str(path) in PACKAGED and not file.exists():
+        return load_packaged(str(path))
     if not file.exists() and file.suffix == "" and file.name == str(path):
         file = checkpoint_path(file.name, None if root is None else Path(root))
         if not file.is_file():
             folders = (PACKAGE / "_checkpoints", checkpoints_folder())
-            shipped = sorted({p.stem for f in folders for p in f.glob("*.safetensors")})
+            shipped = {p.stem for f in folders for p in f.glob("*.safetensors")}
+            shipped |= set(PACKAGED) if file.name.startswith("imagenet") else set()
             raise FileNotFoundError(
-                f"expected a file or one of the shipped classifiers {shipped}, got {str(path)!r}"
+                f"expected a file or one of the shipped classifiers {sorted(shipped)}, got "
+                f"{str(path)!r}"
             )
     sys.audit("dsvlib.load_classifier", str(file))  # who keeps records may listen
     tensors, header = read_safetensors(file, FORMAT, "save_classifier")

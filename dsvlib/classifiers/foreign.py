@@ -110,6 +110,13 @@ class Classifier:
         _check_unit_range(mean, std)
         return _Reading(self, mean, std).eval()
 
+    def reads(self, shape: Sequence[int]) -> bool:
+        """Whether the network also reads inputs of this shape (C, H, W)."""
+        try:
+            return _count_logits(self.model, shape, self.name) >= 1
+        except ValueError:
+            return False
+
     def labels(self, wanted: Sequence[int | str]) -> Tensor:
         """Return class numbers [n] for names or numbers; an unknown name suggests the nearest.
 
