@@ -50,7 +50,6 @@ BADGES = {
     "quick": "digits · quick",
     "cifar10": "CIFAR-10 · reduced",
     "imagenette": "Imagenette 64×64 · reduced",
-    "imagenet": "ImageNet 224×224 · ten classes",
     "paper": "paper scale",
 }
 # Beside dsvlib itself: what lies between a notebook's code and its numbers and pictures.

@@ -147,8 +147,7 @@ def test_every_notebook_has_exercises() -> None:  # check_notebooks says if they
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         count = sum("exercise" in tags_of(c) for c in notebook.cells)
-        fewest = 1 if path.stem == "15_imagenet" else 3  # which is a gallery more than a lesson
-        assert fewest <= count <= 6, path.name
+        assert 3 <= count <= 6, path.name
 
 
 def test_links_come_from_one_line(checkout: Path) -> None:

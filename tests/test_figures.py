@@ -293,3 +293,35 @@ def test_points_share_a_scale_where_it_is_given_and_weights_must_fit() -> None:
     assert all(len(drawn.get_offsets()) == 0 for drawn in axes.collections[3::2])
     with pytest.raises(ValueError, match=r"weights: expected one per point, \[2\], got \[3\]"):
         figures.draw_points(axes, inputs, labels, np.ones(3))
+
+
+def test_raised_contrast_spans_the_range_and_keeps_grey_grey() -> None:
+    dull = 0.4 + 0.1 * np.random.default_rng(0).random((2, 1, 20, 20)).repeat(3, axis=1)
+    raised = figures.raise_contrast(dull)
+    assert raised.shape == dull.shape
+    assert (raised.min(), raised.max()) == (0, 1)
+    assert np.array_equal(raised[:, 0], raised[:, 2])  # one stretch for all channels
+    clipped = (raised[0, 0] == 0).mean(), (raised[0, 0] == 1).mean()
+    assert clipped == pytest.approx((0.01, 0.01), abs=0.006)
+    order = dull[1, 0].ravel().argsort()
+    assert (np.diff(raised[1, 0].ravel()[order]) >= 0).all()
+    assert np.isfinite(figures.raise_contrast(np.full((1, 3, 4, 4), 0.5))).all()
+
+
+def test_animation_has_every_frame_its_text_and_runs_for_ever(tmp_path: Path) -> None:
+    frames = [np.full((6, 9, 3), level) for level in (0.0, 0.5, 1.0)]
+    path = figures.write_animation(frames, tmp_path / "a.png", alt=ALT, milliseconds=50)
+    with Image.open(path) as opened:
+        assert (opened.size, opened.n_frames, opened.info["loop"]) == ((9, 6), 3, 0)
+        assert opened.text["Description"] == ALT
+        for number, level in enumerate((0, 128, 255)):
+            opened.seek(number)
+            assert abs(int(np.asarray(opened.convert("RGB")).mean()) - level) <= 1
+        assert opened.info["duration"] == 2000
+    again = figures.write_animation(frames, tmp_path / "b.png", alt=ALT, milliseconds=50)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_smooth_grid_differs_from_crisp_pixels(tmp_path: Path) -> None:
+    crisp = write(figures.image_grid(IMAGES), tmp_path / "crisp")[0]
+    assert write(figures.image_grid(IMAGES, smooth=True), tmp_path / "smooth")[0] != crisp

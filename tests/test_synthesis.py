@@ -25,8 +25,8 @@ from dsvlib import (
     synthesize,
     total_variation,
 )
-from dsvlib._files import repository_root
 from dsvlib.augmentation import Windows, draw, draw_windows
+from dsvlib.logits import CrossEntropy
 from dsvlib.synthesis import Step
 
 LABELS = [0, 1, 2, 0]
@@ -1068,3 +1068,45 @@ def test_a_scaled_run_is_resumed_exactly(negative, tmp_path):
     solution, _ = interrupted(tmp_path / "state", config, 9, 4)
     assert same(solution.samples, whole.samples)
     assert solution.history.equals(whole.history)
+
+
+def test_temperature_is_the_loss_of_divided_logits():
+    model = build("conv")
+    config = replace(BARE, temperature=4.0)
+    warm = run(model, config=config)
+
+    def by_hand(logits: Tensor, labels: Tensor) -> Tensor:
+        chosen = (logits / 4).log_softmax(dim=1)
+        return -chosen.gather(1, labels[:, None])[:, 0]
+
+    own = run(model, config=BARE, loss_fn=by_hand)
+    torch.testing.assert_close(warm.samples.inputs, own.samples.inputs)
+    torch.testing.assert_close(warm.samples.multipliers, own.samples.multipliers)
+    # λ and the residuals of the solution are those of the loss that was used
+    again = residuals(model, warm.samples, loss_fn=CrossEntropy(4.0))
+    assert warm.residuals.stationarity == pytest.approx(again.stationarity)
+    assert not torch.allclose(warm.samples.inputs, run(model, config=BARE).samples.inputs)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperature_out_of_range_is_refused(temperature: float):
+    with pytest.raises(ValueError, match="temperature: expected"):
+        SynthesisConfig(temperature=temperature)
+
+
+def test_temperature_with_a_loss_of_ones_own_is_refused():
+    with pytest.raises(ValueError, match="temperature: expected 1 with a loss_fn of your own"):
+        run(config=replace(BARE, temperature=2.0), loss_fn=CrossEntropy())
+
+
+def test_labels_out_of_range_are_refused_at_any_temperature():
+    with pytest.raises(ValueError, match="label"):
+        run(labels=[0, 99], config=replace(BARE, temperature=2.0))
+
+
+def test_presets_for_people_keep_images_in_range():
+    model, bounds = build("conv"), (-1.0, 2.0)
+    for config in (SynthesisConfig.strokes(steps=3), SynthesisConfig.photographs(steps=3)):
+        found = run(model, config=config, bounds=bounds).samples.inputs
+        assert float(found.min()) >= -1
+        assert float(found.max()) <= 2
