@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PRESET ?= quick
 ARGS   ?=
+DEVICE ?= cpu
 
 BIN        := .venv/bin
 READY      := .venv/.ready
@@ -84,8 +85,8 @@ test-site: $(READY) ## read the built site in headless Chromium
 notebooks: $(READY) ## write the student copies of the notebooks
 	$(BIN)/dsv notebooks student
 
-checkpoints: $(READY) ## train the shipped classifiers anew
-	$(BIN)/dsv train --all $(ARGS)
+checkpoints: $(READY) ## train shipped classifiers that lack or have another recipe (DEVICE=cuda, ARGS="--root FOLDER")
+	$(BIN)/dsv train --all --device $(DEVICE) $(ARGS)
 
 bench: $(READY) ## time the inner loop and the solvers (ratios within one run)
 	$(BIN)/python -m pytest benchmarks --benchmark-only -s $(ARGS)

@@ -240,24 +240,39 @@ def train(
     name: Annotated[str | None, typer.Argument(help="A shipped one: digits-convnet.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Train all shipped classifiers.")] = False,
     root: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
 ) -> None:
-    """Train a shipped classifier anew, into its file in data/checkpoints."""
+    """Train a shipped classifier anew, into its file in data/checkpoints.
+
+    With --all, those that are there by their present recipe are left, so that the same call goes on
+    after it was cut off.
+    """
     if (name is None) != every:
         raise RequestError("expected the NAME of a shipped classifier or --all, one of the two")
     if root is not None and not root.is_dir():
         raise RequestError(f"--root: expected a folder, got {str(root)!r}")
-    from companion.recipes import RECIPES, train_shipped
+    from companion.recipes import RECIPES, is_shipped, train_shipped
     from dsvlib._files import checkpoints_folder, repository_root
 
     folder = os.path.relpath(checkpoints_folder(), repository_root())
+    if device.startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RequestError("--device: expected a GPU for cuda, torch sees none here; use cpu")
+    elif device != "cpu":
+        raise RequestError(f"--device: expected cpu or cuda, got {device!r}")
     if name is not None and name not in RECIPES:
         raise RequestError.unknown("classifier", name, RECIPES)
     for recipe in RECIPES if name is None else (name,):
         if every and root is None and RECIPES[recipe].dataset != "digits":
             print(f"{recipe:24} left as it is: its images are not bundled, say where with --root")
             continue
+        if every and is_shipped(recipe):
+            print(f"{recipe:24} is here by its present recipe; name it to train it anew")
+            continue
         started = time.perf_counter()
-        made = train_shipped(recipe, root=None if root is None else str(root))
+        made = train_shipped(recipe, root=None if root is None else str(root), device=device)
         print(
             f"{recipe:24} train {made['train_accuracy']:.4f} · test {made['test_accuracy']:.4f} · "
             f"stationarity {made['stationarity']:.3g} · cosine {made['cosine']:.4f} · "

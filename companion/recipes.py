@@ -6,6 +6,7 @@ checkpoint. `classifier(name, data)` loads the shipped weights; `retrain=True` f
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -227,9 +228,14 @@ RECIPES = {
 
 
 def classifier(
-    name: str, data: Dataset, *, retrain: bool = False, seed: int | None = None
+    name: str,
+    data: Dataset,
+    *,
+    retrain: bool = False,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a classifier by recipe name with its metadata, in evaluation mode.
+    """Return a classifier by recipe name with its metadata, in evaluation mode, on the CPU.
 
     Parameters
     ----------
@@ -239,6 +245,8 @@ def classifier(
         Follow the recipe instead of loading the shipped weights.
     seed
         Another seed than the recipe's for weights and batches; implies training.
+    device
+        Where to train.
 
     Raises ValueError for an unknown name or another data set than the recipe's.
     """
@@ -258,7 +266,7 @@ def classifier(
             f"data: expected {recipe.dataset!r} for the recipe {name!r}, got {data.name!r}; "
             f"load it with load_dataset"
         )
-    return _follow(recipe, data, recipe.seed if seed is None else seed)
+    return _follow(recipe, data, recipe.seed if seed is None else seed, device)
 
 
 def equal_multipliers(model: nn.Module, split: Split, weight_decay: float) -> SupportSet:
@@ -272,7 +280,9 @@ def equal_multipliers(model: nn.Module, split: Split, weight_decay: float) -> Su
     return SupportSet(split.inputs, split.labels, multipliers).to(device)
 
 
-def _follow(recipe: Recipe, data: Dataset, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+def _follow(
+    recipe: Recipe, data: Dataset, seed: int, device: torch.device | str
+) -> tuple[nn.Module, dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     split = data.train
     if recipe.shuffle_labels:
@@ -288,7 +298,7 @@ def _follow(recipe: Recipe, data: Dataset, seed: int) -> tuple[nn.Module, dict[s
                 shape=data.shape,
                 **recipe.options,
             )
-    train(model, split, config=recipe.training, generator=generator)
+    train(model.to(device), split, config=recipe.training, generator=generator)
     condition = residuals(model, equal_multipliers(model, split, recipe.training.weight_decay))
     metadata = {
         "dataset": data.name,
@@ -304,7 +314,7 @@ def _follow(recipe: Recipe, data: Dataset, seed: int) -> tuple[nn.Module, dict[s
     }
     if recipe.training.adversarial is not None:
         metadata |= _robustness(model, data, recipe.training)
-    return model.eval(), metadata
+    return model.cpu().eval(), metadata
 
 
 def _robustness(model: nn.Module, data: Dataset, training: TrainConfig) -> dict[str, Any]:
@@ -329,7 +339,7 @@ def _robustness(model: nn.Module, data: Dataset, training: TrainConfig) -> dict[
 
 def _moved(model: nn.Module, split: Split, config: AdversarialConfig) -> Split:
     """Return the images of a split, each moved against the model."""
-    generator = torch.Generator().manual_seed(0)
+    generator, split = torch.Generator().manual_seed(0), split.to(next(model.parameters()).device)
     parts = [
         attack(
             model, split.inputs[part], split.labels[part], config=config, mean=split.mean,
@@ -340,12 +350,30 @@ def _moved(model: nn.Module, split: Split, config: AdversarialConfig) -> Split:
     return replace(split, inputs=torch.cat(parts))
 
 
-def train_shipped(name: str, *, root: str | None = None) -> dict[str, Any]:
+def is_shipped(name: str) -> bool:
+    """Return whether data/checkpoints holds a classifier that was made by its present recipe."""
+    path = checkpoints_folder() / f"{name}.safetensors"
+    if not path.is_file():
+        return False
+    recorded = load_classifier(path)[1].get("recipe")
+    return bool(recorded == _at_that_time(json.loads(json.dumps(asdict(RECIPES[name]))), recorded))
+
+
+def _at_that_time(now: Any, recorded: Any) -> Any:
+    """Return the settings without those that came later, which have no entry in the header."""
+    if not isinstance(recorded, dict) or not isinstance(now, dict):
+        return now
+    return {key: _at_that_time(now.get(key), value) for key, value in recorded.items()}
+
+
+def train_shipped(
+    name: str, *, root: str | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Train a shipped classifier anew, put it into data/checkpoints and return its metadata."""
     check_choice("name", name, RECIPES)
     recipe = RECIPES[name]
     data = load_dataset(recipe.dataset, root=root, image_size=recipe.image_size)
-    model, metadata = classifier(name, data, retrain=True)
+    model, metadata = classifier(name, data, retrain=True, device=device)
     path = checkpoints_folder() / f"{name}.safetensors"
     save_classifier(path, model, **metadata)
     digests = shipped_digests() | {path.name: file_digest(path)}

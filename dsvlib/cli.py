@@ -320,20 +320,23 @@ def _table(residuals: Residuals) -> pd.DataFrame:
 
 
 def _draw(path: Path, images: Tensor, names: Sequence[str]) -> None:
-    """Draw `images` [n, C, H, W] in [0, 1] ten a row, each with its name below."""
+    """Draw `images` [n, C, H, W] in [0, 1] ten a row, each with its name below.
+
+    Small ones are enlarged smoothly: where pixels show their edges, people read these.
+    """
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image
 
-    scale = -(-96 // images.shape[-1])  # whole pixels, and room for a name
+    scale = -(-192 // images.shape[-1])  # whole pixels, and room for a name
     width, height = images.shape[-1] * scale, images.shape[-2] * scale
-    columns, line = min(len(images), 10), 16
+    columns, line = min(len(images), 10), 20
     size = (columns * (width + 4), -(-len(images) // columns) * (height + line + 4))
     page = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
     for index, (image, name) in enumerate(zip(images, names, strict=True)):
         x, y = index % columns * (width + 4), index // columns * (height + line + 4)
         tile = to_pil_image(image if len(image) in (1, 3) else image[:1])
-        page.paste(tile.resize((width, height), Image.Resampling.NEAREST), (x + 2, y + 2))
+        page.paste(tile.resize((width, height), Image.Resampling.BICUBIC), (x + 2, y + 2))
         while len(name) > 3 and draw.textlength(name, font) > width:
             name = name.removesuffix("…")[:-1] + "…"
         draw.text((x + 2, y + height + 3), name, "black", font)

@@ -158,12 +158,14 @@ def test_train_prints_one_line_per_classifier(
 ) -> None:
     asked = []
 
-    def trained(name: str, *, root: str | None) -> dict[str, float]:
+    def trained(name: str, *, root: str | None, device: str) -> dict[str, float]:
+        assert device == "cpu"
         asked.append((name, root))
         numbers = {"train_accuracy": 1.0, "test_accuracy": 0.98765}
         return numbers | {"stationarity": 0.01234, "cosine": 0.99987}
 
     monkeypatch.setattr(recipes, "train_shipped", trained)
+    monkeypatch.setattr(recipes, "is_shipped", lambda _: False)
     assert run("train", "digits-judge", "--root", str(tmp_path)) == 0
     line = capsys.readouterr().out
     expected = r"train 1.0000 · test 0.9877 · stationarity 0.0123 · cosine 0.9999 · "
@@ -180,6 +182,13 @@ def test_train_prints_one_line_per_classifier(
     asked.clear()
     assert run("train", "--all", "--root", str(tmp_path)) == 0
     assert asked == [(name, str(tmp_path)) for name in recipes.RECIPES]
+    asked.clear()  # cut off and called again: what is there is not made twice
+    monkeypatch.setattr(recipes, "is_shipped", lambda name: name != "digits-vit")
+    assert run("train", "--all", "--root", str(tmp_path)) == 0
+    assert asked == [("digits-vit", str(tmp_path))]
+    assert "is here by its present recipe" in capsys.readouterr().out
+    assert run("train", "digits-vit", "--device", "tpu") == 2
+    assert "--device: expected cpu or cuda, got 'tpu'" in capsys.readouterr().err
 
 
 def test_doctor_says_what_is_missing_and_what_it_costs(
