@@ -82,7 +82,6 @@ class Claim(BaseModel, extra="forbid", frozen=True):
     tolerance: str = "the notebook's criteria"
     notebook: str = ""
     headline: dict[str, str] = {}
-    photographs: dict[str, str] = {}
     rule: Rule = Rule()
 
 
@@ -99,7 +98,7 @@ class ClaimRow(Claim, frozen=True):
     def measured(self) -> str:
         """Our values as text, each with its spread and n, in the words of claims.yml if any."""
         words = {n.name: n.name.replace("_", " ") for n in self.numbers}
-        words |= self.headline | self.photographs
+        words |= self.headline
         parts = [f"{words[n.name]}: {measured(n.value, n.std, n.unit)} (n = {n.n})"
                  for n in self.numbers]  # fmt: skip
         return "; ".join(parts) or "–"
@@ -186,13 +185,9 @@ def _why_not(claim: Claim, preset: str, omitted: Mapping[str, str]) -> str:
 
 
 def _headline(claim: Claim, record: Mapping[str, Any]) -> tuple[Value, ...]:
-    """Return the values that the claim names, or else the first three recorded for it.
-
-    Where a run made photographs as well, those named for them come first and alone.
-    """
+    """Return the values that the claim names, or else the first three recorded for it."""
     recorded = {value.name: value for value in values_of(record) if value.claim == claim.id}
-    named = [recorded[name] for name in claim.photographs if name in recorded]
-    named = named or [recorded[name] for name in claim.headline if name in recorded]
+    named = [recorded[name] for name in claim.headline if name in recorded]
     return tuple(named or list(recorded.values())[:3])
 
 
