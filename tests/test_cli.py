@@ -291,14 +291,14 @@ def test_the_picture_shows_every_image_with_its_name(tmp_path: Path) -> None:
     names = ["plain", "$x_$", "猫", "a name that is far too long for one picture", *"cdefghij"]
     cli._draw(tmp_path / "page.png", images, names)
     page = Image.open(tmp_path / "page.png")
-    assert page.size == (10 * 100, 2 * 116)
+    assert page.size == (10 * 196, 2 * 216)
     for index in range(12):
-        x, y = index % 10 * 100, index // 10 * 116
+        x, y = index % 10 * 196, index // 10 * 216
         grey = round(index / 11 * 255)
-        assert abs(page.getpixel((x + 50, y + 50))[0] - grey) <= 1
-        below = page.crop((x, y + 99, x + 100, y + 115)).convert("L")
+        assert abs(page.getpixel((x + 98, y + 98))[0] - grey) <= 1
+        below = page.crop((x, y + 195, x + 196, y + 215)).convert("L")
         assert below.getextrema()[0] < 128, "a name stands below"
-        assert below.crop((97, 0, 100, 16)).getextrema()[0] == 255, "and within its column"
+        assert below.crop((193, 0, 196, 20)).getextrema()[0] == 255, "and within its column"
 
 
 def test_data_list(capsys: pytest.CaptureFixture[str]) -> None:
