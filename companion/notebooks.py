@@ -11,7 +11,9 @@ and all outputs out and keeps the tests, which fail until the stub is completed.
 from __future__ import annotations
 
 import ast
+import base64
 import copy
+import io
 import os
 import re
 import uuid
@@ -31,6 +33,7 @@ from dsvlib._errors import DsvError, explain
 from dsvlib._files import atomic_path
 
 MAX_CELL_LINES = 40
+LARGE = 50_000  # bytes of a picture that is made smaller before it is committed in an output
 MAX_CELLS, MAX_WORDS = 80, 4500  # beyond, a notebook is two
 CLAIM = re.compile(r"\b(?:DSV|PDD|EXT|TEACH)-[A-Z0-9]\w*")
 PROGRESS = re.compile(r"\d%\||\d(it|s)/(s|it)\b|\dit \[")
@@ -119,10 +122,38 @@ def _normalise_output(output: Any) -> Any:
         for kind in list(output.data):
             if kind == "image/svg+xml" or "widget" in kind:
                 del output.data[kind]
+            elif kind == "image/png":
+                output.data[kind] = _as_shown(output.data[kind], output.metadata.get(kind, {}))
             elif isinstance(output.data[kind], str) and kind.startswith("text/"):
                 output.data[kind] = _without_paths(output.data[kind])
         return output if output.data else None
     return output
+
+
+def _as_shown(png: str, about: Any) -> str:
+    """Return a large picture (base64) at the width at which the notebook shows it.
+
+    The figure itself lies below figures/; of an animation the last frame is left.
+    """
+    from PIL import Image
+
+    from companion.figures import with_palette
+
+    raw, width = base64.b64decode(png), about.get("width")
+    if len(raw) <= LARGE or not width:
+        return png
+    with Image.open(io.BytesIO(raw)) as picture:
+        frames = getattr(picture, "n_frames", 1)
+        if frames > 1:
+            picture.seek(frames - 1)
+        elif picture.width <= width:
+            return png
+        height = round(picture.height * width / picture.width)
+        small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    shown = io.BytesIO()
+    small.save(shown, "png")
+    made = base64.b64encode(with_palette(shown.getvalue(), {})).decode("ascii")
+    return min(made, png, key=len)  # smoothing can cost more than pixels save
 
 
 def _without_paths(text: str) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 from checkout import BODY, END, make_checkout, publish, write_notebook
+from PIL import Image
 
-from companion.notebooks import check_notebooks, refresh_notebooks
+from companion.notebooks import _normalise_output, check_notebooks, refresh_notebooks
 from companion.presets import notebook_names, plan
 from companion.workflow import forget, reproduce, up_to_date
 from dsvlib._errors import DsvError
@@ -171,3 +176,27 @@ def test_refreshed_notebook_is_clean(checkout: Path) -> None:
     assert reproduce(force=True, echo=lambda _: None)
     refresh_notebooks()
     assert path.read_bytes() == first
+
+
+def test_large_pictures_are_committed_at_the_width_they_are_shown_at() -> None:
+    rng = np.random.default_rng(0)
+    large = Image.fromarray(rng.integers(0, 255, (400, 600, 3), dtype=np.uint8).astype(np.uint8))
+
+    def output(picture: Image.Image, width: int, **options: Any) -> nbformat.NotebookNode:
+        file = io.BytesIO()
+        picture.save(file, "png", **options)
+        data = {"image/png": base64.b64encode(file.getvalue()).decode()}
+        about = {"image/png": {"alt": "three words here", "width": width}}
+        return nbformat.v4.new_output("display_data", data, metadata=about)
+
+    def size(made: nbformat.NotebookNode) -> tuple[int, int]:
+        with Image.open(io.BytesIO(base64.b64decode(made.data["image/png"]))) as opened:
+            assert getattr(opened, "n_frames", 1) == 1
+            return opened.size
+
+    assert size(_normalise_output(output(large, 300))) == (300, 200)
+    assert size(_normalise_output(output(large, 600))) == (600, 400)
+    still = _normalise_output(output(large, 600, save_all=True, append_images=[large.rotate(90)]))
+    assert size(still) == (600, 400)  # of an animation, its last frame
+    small = output(large.crop((0, 0, 60, 40)), 30)
+    assert _normalise_output(small).data == small.data
