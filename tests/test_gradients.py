@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import build, candidates, sample_gradients
+from conftest import Once, build, candidates, sample_gradients
 
 from dsvlib import weighted_gradient
 from dsvlib.frozen import evaluation_mode
@@ -27,6 +27,19 @@ def test_products(kind, untouched):
     np.testing.assert_allclose(gradients.theta, theta)
     np.testing.assert_allclose(rows, expected[2:6], atol=1e-14)
     np.testing.assert_allclose(total, samples.multipliers.numpy() @ expected, atol=1e-14)
+    np.testing.assert_allclose(change, expected @ vector.numpy(), atol=1e-14)
+
+
+def test_a_layer_with_a_first_derivative_only_leaves_nothing_out():
+    """Derivatives of the gradient in λ would end at it without a word, and Gv lack what is below."""
+    body, samples = build("conv"), candidates(5)
+    model = torch.nn.Sequential(body[0], Once(), *body[1:])
+    theta, expected = sample_gradients(model, samples)
+    vector = torch.randn(len(theta), generator=torch.Generator().manual_seed(0)).double()
+    with evaluation_mode(model):
+        gradients = SampleGradients(model, samples.inputs, samples.labels, batch_size=3)
+        with pytest.warns(UserWarning, match="once_differentiable"):
+            change = gradients.directional(vector)
     np.testing.assert_allclose(change, expected @ vector.numpy(), atol=1e-14)
 
 
