@@ -31,7 +31,7 @@ def test_products(kind, untouched):
 
 
 def test_a_layer_with_a_first_derivative_only_leaves_nothing_out():
-    """Derivatives of the gradient in λ would end at it without a word, and Gv lack what is below."""
+    """Derivatives of the gradient in λ would end at it, and Gv lack what lies below."""
     body, samples = build("conv"), candidates(5)
     model = torch.nn.Sequential(body[0], Once(), *body[1:])
     theta, expected = sample_gradients(model, samples)
