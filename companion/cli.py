@@ -240,13 +240,17 @@ def train(
     name: Annotated[str | None, typer.Argument(help="A shipped one: digits-convnet.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Train all shipped classifiers.")] = False,
     root: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where to train: cpu, cuda.", callback=_is_here)
+    ] = "cpu",
 ) -> None:
     """Train a shipped classifier anew, into its file in data/checkpoints.
 
     With --all, those that are there by their present recipe are left, so that the same call goes on
     after it was cut off.
     """
+    if device == "auto":
+        raise RequestError("--device: expected cpu or cuda to train on, got 'auto'; name one")
     if (name is None) != every:
         raise RequestError("expected the NAME of a shipped classifier or --all, one of the two")
     if root is not None and not root.is_dir():
@@ -255,13 +259,6 @@ def train(
     from dsvlib._files import checkpoints_folder, repository_root
 
     folder = os.path.relpath(checkpoints_folder(), repository_root())
-    if device.startswith("cuda"):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise RequestError("--device: expected a GPU for cuda, torch sees none here; use cpu")
-    elif device != "cpu":
-        raise RequestError(f"--device: expected cpu or cuda, got {device!r}")
     if name is not None and name not in RECIPES:
         raise RequestError.unknown("classifier", name, RECIPES)
     for recipe in RECIPES if name is None else (name,):

@@ -188,7 +188,9 @@ def test_train_prints_one_line_per_classifier(
     assert asked == [("digits-vit", str(tmp_path))]
     assert "is here by its present recipe" in capsys.readouterr().out
     assert run("train", "digits-vit", "--device", "tpu") == 2
-    assert "--device: expected cpu or cuda, got 'tpu'" in capsys.readouterr().err
+    assert "--device: expected auto, cpu, cuda or cuda:N, got 'tpu'" in capsys.readouterr().err
+    assert run("train", "digits-vit", "--device", "auto") == 2
+    assert "--device: expected cpu or cuda to train on" in capsys.readouterr().err
 
 
 def test_doctor_says_what_is_missing_and_what_it_costs(
