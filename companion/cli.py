@@ -6,22 +6,18 @@ Heavy modules are imported inside the commands, so that help is instant.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dsvlib import cli
 from dsvlib._errors import DsvError, RequestError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer()
 notebooks = typer.Typer(help="Keep the committed notebooks' outputs honest.", no_args_is_help=True)
@@ -36,19 +32,9 @@ MOST = 1024  # notebooks or threads at once: beyond it, a mistyped number
 
 def _is_here(device: str | None) -> str | None:
     """Refuse a device that is not here, at once and not in every notebook."""
-    if device in (None, "auto", "cpu"):
-        return device
-    known = re.fullmatch(r"cuda(?::(\d{1,3}))?", str(device))
-    if known is None:
-        raise RequestError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
-    import torch
+    from companion.data_needs import check_device
 
-    count = torch.cuda.device_count()
-    if int(known[1] or 0) >= count:
-        raise RequestError(
-            f"--device: expected auto or cpu, since torch sees {count} GPUs here, got {device!r}"
-        )
-    return device
+    return check_device(device)
 
 
 def _is_folder(path: str | None) -> str | None:

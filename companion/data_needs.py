@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -52,19 +53,30 @@ def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
     return needed
 
 
+def check_device(device: str | None) -> str | None:
+    """Return the device; raise RequestError for one that is not here."""
+    if device in (None, "auto", "cpu"):
+        return device
+    known = re.fullmatch(r"cuda(?::(\d{1,3}))?", str(device))
+    if known is None:
+        raise RequestError(f"--device: expected auto, cpu, cuda or cuda:N, got {device!r}")
+    import torch
+
+    count = torch.cuda.device_count()
+    if int(known[1] or 0) >= count:
+        raise RequestError(
+            f"--device: expected auto or cpu, since torch sees {count} GPUs here, got {device!r}"
+        )
+    return device
+
+
 def check_machine(jobs: Sequence[Job]) -> None:
     """Raise RequestError, before any notebook starts, for a device or images that are not here.
 
     Data sets whose published address answers are downloaded when they are first read.
     """
-    if any(str(job.parameters["device"]).startswith("cuda") for job in jobs):
-        import torch
-
-        if not torch.cuda.is_available():
-            raise RequestError(
-                "--device: expected a GPU for cuda, torch sees none here; leave the option out, or "
-                "install a CUDA build of torch (dsv doctor shows what is here)"
-            )
+    for job in jobs:
+        check_device(job.parameters["device"])
     answers = cache(reachable)  # a silent network is waited for once
     for job in jobs:
         where = Path(job.parameters["data_root"] or downloads_folder())

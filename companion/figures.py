@@ -105,12 +105,8 @@ def write_animation(
 
     The last one stands for two seconds.
     """
-    pictures = [
-        Image.fromarray((np.asarray(frame) * 255).round().astype(np.uint8))
-        .quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        .convert("RGB")
-        for frame in frames
-    ]
+    drawn = ((np.asarray(frame) * 255).round().astype(np.uint8) for frame in frames)
+    pictures = [_in_few_colours(Image.fromarray(frame)).convert("RGB") for frame in drawn]
     about = PngInfo()
     about.add_itxt("Description", alt)
     times = [milliseconds] * (len(pictures) - 1) + [2000]
@@ -134,9 +130,9 @@ def write_figure(
 ) -> list[Path]:
     """Write ``<stem>.png`` and ``<stem>.svg``, each whole or not at all; return their paths.
 
-    The PNG, which is what is committed and shown, has at most 256 colours and takes a third of the
-    space. `alt` goes into both files, `badge` (the scale of the run) below the lower right corner,
-    where the picture grows to make room, so that it cannot cover a label.
+    The PNG is what is committed and shown. `alt` goes into both files, `badge` (the scale of the
+    run) below the lower right corner, where the picture grows to make room, so that it cannot cover
+    a label.
     """
     stem = Path(stem)
     paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
@@ -155,33 +151,37 @@ def write_figure(
     opening, body = rest.split(">", 1)
     described = f'{head}<svg role="img" aria-label={quoteattr(alt)} {opening}>'
     described += f"\n <title>{escape(stem.name)}</title>\n <desc>{escape(alt)}</desc>{body}"
-    small = with_palette(png.getvalue(), about | {"Description": alt})
+    small = compact(png.getvalue(), about | {"Description": alt})
     for path, content in zip(paths, (small, described.encode()), strict=True):
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
     return paths
 
 
-def with_palette(png: bytes, text: Mapping[str, str]) -> bytes:
-    """Return a PNG in few colours, optimised, with `text` in it; equal bytes on every call.
-
-    Colours come by median cut, which keeps those of lines, bars and letters as they are: 64 where
-    that changes levels by no more than 2 of 255 on average, else 256. Dithering would cost more
-    space than a palette saves.
-    """
+def compact(png: bytes, text: Mapping[str, str]) -> bytes:
+    """Return a PNG in few colours, optimised, with `text` in it; equal bytes on every call."""
     about = PngInfo()
     for name, value in text.items():
         about.add_itxt(name, value)
     small = io.BytesIO()
     with Image.open(io.BytesIO(png)) as picture:
-        full = picture.convert("RGB")
-    for colors in (64, 256):
-        reduced = full.quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        change = ImageStat.Stat(ImageChops.difference(full, reduced.convert("RGB"))).rms
-        if max(change) <= 2:
-            break
-    reduced.save(small, "png", optimize=True, dpi=(DPI, DPI), pnginfo=about)
+        few = _in_few_colours(picture.convert("RGB"))
+    few.save(small, "png", optimize=True, dpi=(DPI, DPI), pnginfo=about)
     return small.getvalue()
+
+
+def _in_few_colours(picture: Image.Image) -> Image.Image:
+    """Return an RGB picture in 64 or 256 colours, where levels change by at most 2 of 255 (RMS).
+
+    They come by median cut, which keeps those of lines, bars and letters as they are. Photographs
+    have more: they are left 64 levels in each channel, which nobody sees, since a palette would
+    turn a sky into bands. Dithering would cost more space than either saves.
+    """
+    for colors in (64, 256):
+        few = picture.quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        if max(ImageStat.Stat(ImageChops.difference(picture, few.convert("RGB"))).rms) <= 2:
+            return few
+    return picture.point([round(round(level / 255 * 63) * 255 / 63) for level in range(256)] * 3)
 
 
 def _draw_badge(fig: Figure, badge: str) -> Any:

@@ -137,7 +137,7 @@ def _as_shown(png: str, about: Any) -> str:
     """
     from PIL import Image
 
-    from companion.figures import with_palette
+    from companion.figures import compact
 
     raw, width = base64.b64decode(png), about.get("width")
     if len(raw) <= LARGE or not width:
@@ -152,7 +152,7 @@ def _as_shown(png: str, about: Any) -> str:
         small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     shown = io.BytesIO()
     small.save(shown, "png")
-    made = base64.b64encode(with_palette(shown.getvalue(), {})).decode("ascii")
+    made = base64.b64encode(compact(shown.getvalue(), {})).decode("ascii")
     return min(made, png, key=len)  # smoothing can cost more than pixels save
 
 

@@ -194,12 +194,17 @@ def check_steps_possible(theta: Tensor) -> None:
         )
 
 
+def check_shaped(named: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a lazy layer's parameters, which have no shape yet."""
+    for name, value in named.items():
+        if nn.parameter.is_lazy(value):
+            raise ValueError(
+                f"model: expected parameters that have a shape, got {name!r} of a lazy layer; call "
+                f"the model once on a batch of inputs where it is built"
+            )
+
+
 def _check_parameter(name: str, value: Tensor) -> None:
-    if nn.parameter.is_lazy(value):
-        raise ValueError(
-            f"model: expected parameters that have a shape, got {name!r} of a lazy layer; call the "
-            f"model once on a batch of inputs"
-        )
     if value.is_inference():
         raise ValueError(
             f"model: expected parameters that can be differentiated, got {name!r}, made under "
@@ -218,6 +223,7 @@ def select_params(model: nn.Module, params: Mapping[str, Tensor] | None) -> dict
     `None` means all parameters that require grad; a subset restricts every sum to it.
     """
     named = dict(model.named_parameters())
+    check_shaped(named)
     for name, parameter in named.items():
         _check_parameter(name, parameter)
     if params is None:

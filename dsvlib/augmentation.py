@@ -2,8 +2,7 @@
 
 Drawing the random numbers is kept apart from applying them, so that one draw can be shared by real
 and synthetic images (siamese augmentation) or repeated on another set. All geometry of a draw is
-one resampling of the image. A window, which a network reads of a larger canvas, is drawn and cut
-apart from it.
+one resampling of the image. Windows, which a network reads of a larger canvas, are a draw as well.
 
 Shapes: inputs [n, C, H, W] in normalised units; a draw holds one row per image, or a single row
 that all images share.
@@ -102,14 +101,15 @@ COLOUR = ("brightness", "saturation", "contrast")  # DSA's "colour" is these thr
 class Draw(NamedTuple):
     """Random numbers of one augmentation; None leaves that part out."""
 
-    affine: Tensor | None  # [m, 2, 3], output → input coordinates in [−1, 1]
-    brightness: Tensor | None  # [m, 1, 1, 1], added
-    saturation: Tensor | None  # [m, 1, 1, 1], factor about the mean over channels
-    contrast: Tensor | None  # [m, 1, 1, 1], factor about the image mean
-    keep: Tensor | None  # [m, 1, H, W], 0 inside the cut-out square
-    noise: Tensor | None  # [m, C, H, W], added
+    affine: Tensor | None = None  # [m, 2, 3], output → input coordinates in [−1, 1]
+    brightness: Tensor | None = None  # [m, 1, 1, 1], added
+    saturation: Tensor | None = None  # [m, 1, 1, 1], factor about the mean over channels
+    contrast: Tensor | None = None  # [m, 1, 1, 1], factor about the image mean
+    keep: Tensor | None = None  # [m, 1, H, W], 0 inside the cut-out square
+    noise: Tensor | None = None  # [m, C, H, W], added
     fill: float = 0.0  # value of pixels from outside the image
     reflect: bool = False  # or the image mirrored at its edge
+    side: int | None = None  # of the square image that results; None: the size that came in
 
     def rows(self, part: slice) -> Draw:
         """Return the numbers of the images at `part`."""
@@ -223,7 +223,8 @@ def apply(inputs: Tensor, numbers: Draw) -> Tensor:
         inputs = (inputs - mean) * numbers.contrast + mean
     if numbers.affine is not None:
         affine = numbers.affine.expand(len(inputs), 2, 3)
-        grid = F.affine_grid(affine, list(inputs.shape), align_corners=False)
+        size = inputs.shape[2:] if numbers.side is None else (numbers.side, numbers.side)
+        grid = F.affine_grid(affine, [*inputs.shape[:2], *size], align_corners=False)
         # grid_sample moves in zeros, so the wanted value is made zero meanwhile
         edge = "reflection" if numbers.reflect else "zeros"
         moved = F.grid_sample(inputs - numbers.fill, grid, padding_mode=edge, align_corners=False)
@@ -235,51 +236,31 @@ def apply(inputs: Tensor, numbers: Draw) -> Tensor:
     return inputs
 
 
-class Windows(NamedTuple):
-    """A square part of each image, mirrored or not, that is read in its place at size `side`."""
-
-    side: int
-    extent: Tensor  # int64 [n], sides of the parts; on the CPU as the others
-    top: Tensor  # int64 [n]
-    left: Tensor  # int64 [n]
-    mirrored: Tensor  # bool [n]
-
-    def rows(self, part: slice) -> Windows:
-        """Return the windows of the images at `part`."""
-        return Windows(self.side, *(value[part] for value in self[1:]))
-
-
 def draw_windows(
-    side: int, count: int, size: tuple[int, int], *, generator: torch.Generator
-) -> Windows:
-    """Draw a window for each of `count` images (H, W).
+    side: int,
+    count: int,
+    size: tuple[int, int],
+    *,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Draw:
+    """Draw a square part of each of `count` images (H, W), to be read in its place at size `side`.
 
     Its extent is anything from `side` to the whole, it lies anywhere inside, and half of them are
-    mirrored. Raises ValueError where a window of this side does not fit.
+    mirrored.
     """
-    largest = min(size)
-    if not 0 < side <= largest:
-        raise ValueError(
-            f"window: expected a side from 1 to {largest}, which fits into images of "
-            f"{size[0]}×{size[1]}, got {side}; lower it, or take larger images"
-        )
-    extent = torch.randint(side, largest + 1, (count,), generator=generator)
+    extent = torch.randint(side, min(size) + 1, (count,), generator=generator)
     top, left = (
         (torch.rand(count, generator=generator) * (length - extent + 1)).long() for length in size
     )
-    return Windows(side, extent, top, left, torch.rand(count, generator=generator) < 0.5)
-
-
-def cut(inputs: Tensor, windows: Windows) -> Tensor:
-    """Return the windows of images [n, C, H, W], scaled to their side: [n, C, side, side]."""
-    parts, side = [], windows.side
-    places = zip(*(value.tolist() for value in windows[1:]), strict=True)
-    for image, (extent, top, left, mirrored) in zip(inputs, places, strict=True):
-        part = image[None, :, top : top + extent, left : left + extent]
-        if extent != side:
-            part = F.interpolate(part, (side, side), mode="bilinear", antialias=True)
-        parts.append(part.flip(-1) if mirrored else part)
-    return torch.cat(parts)
+    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    affine = torch.zeros(count, 2, 3, dtype=torch.float64)
+    for row, (start, length) in enumerate(zip((left, top), reversed(size), strict=True)):
+        affine[:, row, row] = extent / length
+        affine[:, row, 2] = (2 * start + extent) / length - 1
+    affine[:, 0, 0] *= mirror
+    return Draw(affine.to(device, dtype), reflect=True, side=side)
 
 
 def augment(inputs: Tensor, config: AugmentationConfig, *, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from dsvlib import (
     synthesize,
     total_variation,
 )
-from dsvlib.augmentation import Windows, draw, draw_windows
+from dsvlib.augmentation import Draw, draw, draw_windows
 from dsvlib.logits import CrossEntropy
 from dsvlib.synthesis import Step
 
@@ -922,11 +922,23 @@ class Mean(nn.Module):
         return self.last(torch.tanh(self.first(inputs)).mean(dim=(2, 3)))
 
 
-# four pixels to three by hand: triangles of half-width 4/3 around 2/3, 2 and 10/3
+# four pixels to three by hand: between the two that are nearest to 1/6, 3/2 and 17/6
 SHRINK = (
-    torch.tensor([[7.0, 3.0, 0.0, 0.0], [0.0, 5.0, 5.0, 0.0], [0.0, 0.0, 3.0, 7.0]]).double() / 10
+    torch.tensor([[5.0, 1.0, 0.0, 0.0], [0.0, 3.0, 3.0, 0.0], [0.0, 0.0, 1.0, 5.0]]).double() / 6
 )
 WINDOWED = SynthesisConfig(steps=12, learning_rate=0.05, log_every=5, window=3)
+
+
+def placed(windows: Draw) -> Tensor:
+    """Return top, left, extent and whether it is mirrored, [n, 4], of windows of square images."""
+    affine = windows.affine.double()
+    torch.testing.assert_close(affine[:, 0, 0].abs(), affine[:, 1, 1])
+    assert not affine[:, [0, 1], [1, 0]].any()
+    extent = SHAPE[1] * affine[:, 1, 1]
+    left, top = (((affine[:, row, 2] + 1) * SHAPE[1] - extent) / 2 for row in (0, 1))
+    found = torch.stack([top, left, extent, affine[:, 0, 0] < 0], dim=1)
+    torch.testing.assert_close(found, found.round(), atol=1e-5, rtol=0)
+    return found.round().long()
 
 
 def test_each_window_lies_inside_and_is_drawn_afresh(monkeypatch):
@@ -939,13 +951,13 @@ def test_each_window_lies_inside_and_is_drawn_afresh(monkeypatch):
 
     monkeypatch.setattr(synthesis, "draw_windows", listen)
     run(Mean(), config=replace(WINDOWED, steps=40, window=2))
-    corners = torch.stack([torch.stack([w.top, w.left]) for w in seen])
-    extents = torch.stack([w.extent for w in seen])
-    assert corners.shape == (40, 2, len(LABELS))
+    places = torch.stack([placed(drawn) for drawn in seen])
+    corners, extents, mirrored = places[..., :2], places[..., 2], places[..., 3]
+    assert corners.shape == (40, len(LABELS), 2)
     assert corners.min() == 0
     assert set(extents.flatten().tolist()) == {2, 3, 4}
-    assert (corners + extents[:, None]).max() == SHAPE[1]
-    assert len(torch.stack([w.mirrored for w in seen]).unique(dim=0)) > 4
+    assert (corners + extents[..., None]).max() == SHAPE[1]
+    assert len(mirrored.unique(dim=0)) > 4
 
 
 def test_the_network_reads_windows_and_returns_whole_images():
@@ -965,9 +977,8 @@ def test_the_network_reads_windows_and_returns_whole_images():
 def test_a_window_of_the_whole_that_is_not_mirrored_changes_nothing(augmented_weight, monkeypatch):
     """The oracle is the same run without a window, whose augmentation draws the same numbers."""
 
-    def whole(side, count, size, *, generator):
-        zeros = torch.zeros(count, dtype=torch.int64)
-        return Windows(side, zeros + side, zeros, zeros, zeros.bool())
+    def whole(side, count, size, **options):
+        return Draw(torch.eye(2, 3).double().expand(count, 2, 3), reflect=True, side=side)
 
     monkeypatch.setattr(synthesis, "draw_windows", whole)
     config = replace(WINDOWED, window=None, augmented_weight=augmented_weight)
@@ -984,8 +995,9 @@ def test_the_first_row_is_the_loss_of_the_windows():
     x = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
     windows = draw_windows(3, len(LABELS), SHAPE[1:], generator=generator)
     parts = []
-    assert set(windows.extent.tolist()) == {3, 4}
-    for image, extent, top, left, mirrored in zip(x, *windows[1:], strict=True):
+    places = placed(windows).tolist()
+    assert {extent for _, _, extent, _ in places} == {3, 4}
+    for image, (top, left, extent, mirrored) in zip(x, places, strict=True):
         part = image[:, top : top + extent, left : left + extent]
         part = part.flip(-1) if mirrored else part
         narrow = SHRINK if extent == 4 else torch.eye(3).double()

@@ -67,8 +67,8 @@ def test_wrong_request_is_refused_before_a_kernel_starts(checkout: Path) -> None
 def test_what_this_machine_lacks_is_said_before_a_kernel_starts(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(RequestError, match="--device: expected a GPU for cuda"):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(RequestError, match="torch sees 0 GPUs here"):
         reproduce(device="cuda")
     dataset = 'dataset: str = "imagenette-64"'
     write_notebook(checkout, "01_line", END, parameters=f"{PARAMETERS}\n{dataset}")

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from dsvlib._files import foreign_content
-from dsvlib._validation import suggestion
+from dsvlib._validation import check_shaped, suggestion
 from dsvlib.classifiers.architectures import unwrapped
 from dsvlib.classifiers.files import check_state, load_classifier
 from dsvlib.frozen import evaluation_mode, read_logits
@@ -331,11 +330,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     architecture: the message has the first key that does not fit.
     """
     own = model.state_dict()
-    if lazy := next((name for name, p in model.named_parameters() if is_lazy(p)), None):
-        raise ValueError(
-            f"model: expected parameters that have a shape, got {lazy!r} of a lazy layer; call the "
-            f"model once on a batch of inputs where it is built"
-        )
+    check_shaped(dict(model.named_parameters()))
     counts = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
     state = counts | _without_prefix(_read_state(Path(path)), own.keys() - counts.keys())
     problems = [f"no {key!r}" for key in own if key not in state]
