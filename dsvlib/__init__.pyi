@@ -29,6 +29,9 @@ from .distillation import match_gradients as match_gradients
 from .evaluation import Evaluation as Evaluation
 from .evaluation import EvaluationConfig as EvaluationConfig
 from .evaluation import evaluate as evaluate
+from .explanation import Explanation as Explanation
+from .explanation import explain as explain
+from .explanation import suspicious as suspicious
 from .gradients import weighted_gradient as weighted_gradient
 from .logits import entropy as entropy
 from .logits import margin as margin

@@ -15,6 +15,7 @@ from dsvlib import (
     GradientConfig,
     SupportSet,
     deepkkt_loss,
+    explain,
     fit_multipliers,
     residuals,
     weighted_gradient,
@@ -128,6 +129,20 @@ def test_a_gradient_step(case, memory):
     unit = path[0][0]
     slope = expected @ (theta + path[0] @ expected)
     close((path[1] - path[0]) / unit, -0.1 * slope.sign())
+
+
+@pytest.mark.filterwarnings("ignore:explain. expected the support vectors")
+def test_explanation(case):
+    """The sum over all terms is −⟨∇Φ_c, Σ λᵢ ∇Lᵢ⟩."""
+
+    def first(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return logits[:, 0]
+
+    asked = case.samples[:3]
+    found = explain(case.model, asked.inputs, case.samples, classes=0, loss_fn=case.loss_fn)
+    rows = case._replace(samples=asked, loss_fn=first).gradients()
+    expected = -(rows @ case.gradients().T) * case.samples.multipliers
+    close(found.contributions.to(expected), expected)
 
 
 def test_ranking(case):
