@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from dsvlib.analysis.statistics import difference, holm
+from dsvlib.analysis.statistics import difference, holm, verdict
 
 SAMPLES = np.random.default_rng(0).normal(size=(2, 6)) * [[1], [3]]
 
@@ -56,3 +57,26 @@ def test_holm_by_hand() -> None:
 def test_holm_refuses_what_is_no_p_value(wrong: list[float]) -> None:
     with pytest.raises(ValueError, match="expected a list of p-values from 0 to 1, got"):
         holm(wrong)
+
+
+@pytest.mark.parametrize(
+    ("necessary", "further", "word"),
+    [
+        (["better", True], [], "reproduced"),
+        ([True], ["better", True], "reproduced"),
+        ([True], [False], "partly"),
+        (["better"], ["undecided"], "partly"),
+        (["worse"], [True, True], "not reproduced"),
+        ([True, False], [True], "not reproduced"),
+        (["better", "undecided"], [True], "undecided"),
+        (["undecided", "worse"], [], "not reproduced"),
+        ([np.bool_(True)], pd.Series(["better"]), "reproduced"),
+    ],
+)
+def test_a_claim_stands_and_falls_with_its_necessary_part(necessary, further, word) -> None:
+    assert verdict(necessary, further) == word
+
+
+def test_a_claim_without_a_necessary_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="necessary: expected at least one finding"):
+        verdict([], [True])

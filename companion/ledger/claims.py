@@ -35,23 +35,24 @@ class Verdict(StrEnum):
 
     REPRODUCED = "reproduced"
     PARTLY = "partly"
+    UNDECIDED = "undecided"
     NOT_REPRODUCED = "not reproduced"
     NOT_ATTEMPTED = "not attempted"
 
 
-# The notebooks' own words. An undecided comparison has not shown the claim; the reason says so.
+# The notebooks' own words.
 WORDS = {
     **dict.fromkeys(("reproduced", "yes", "true", "shown"), Verdict.REPRODUCED),
     "partly": Verdict.PARTLY,
-    **dict.fromkeys(
-        ("not reproduced", "no", "false", "not shown", "undecided"), Verdict.NOT_REPRODUCED
-    ),
+    "undecided": Verdict.UNDECIDED,
+    **dict.fromkeys(("not reproduced", "no", "false", "not shown"), Verdict.NOT_REPRODUCED),
 }
 
 # The word stands beside the colour: not everybody sees it, and what was not run is red as well.
 SIGNS = {
     Verdict.REPRODUCED: "🟢",
     Verdict.PARTLY: "🟡",
+    Verdict.UNDECIDED: "⚪",
     Verdict.NOT_REPRODUCED: "🔴",
     Verdict.NOT_ATTEMPTED: "🔴",
 }
@@ -232,7 +233,7 @@ def _verdict(claim: Claim, directory: Path, record: Mapping[str, Any]) -> tuple[
         return Verdict.NOT_ATTEMPTED, f"{claim.notebook} ran and gave no verdict on it"
     # a notebook may judge parts, DSV-F5a and DSV-F5b, and the claim as a whole
     parts = [r for r in lines if re.fullmatch(rf"{re.escape(claim.id)}[a-d]", r.get("claim") or "")]
-    return _together(decided), "; ".join(_say(row, column, wanted) for row in parts or rows)
+    return _of_parts(decided), "; ".join(_say(row, column, wanted) for row in parts or rows)
 
 
 def blind_test_folder(root: Path | None = None) -> Path | None:
@@ -266,6 +267,12 @@ def _word(text: str) -> Verdict | None:
     if word in WORDS:
         return WORDS[word]
     return next((WORDS[known] for known in WORDS if word.startswith(f"{known} ")), None)
+
+
+def _of_parts(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the verdict on a claim in several rows: the first is what it cannot do without."""
+    first = verdicts[0]
+    return first if first in (Verdict.NOT_REPRODUCED, Verdict.UNDECIDED) else _together(verdicts)
 
 
 def _together(verdicts: Sequence[Verdict]) -> Verdict:

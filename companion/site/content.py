@@ -41,6 +41,7 @@ REST = ("more", "More")  # a module that no chapter names yet is shown here, nev
 VERDICTS = {
     "reproduced": ("yes", "✓"),
     "partly": ("partly", "◐"),
+    "undecided": ("open", "?"),
     "not reproduced": ("no", "✗"),
     "not attempted": ("none", "○"),
 }

@@ -1,4 +1,4 @@
-"""Is one mean above another? Student's intervals for a difference, and p-values of many.
+"""Is one mean above another? Student's intervals, p-values of many, and what they say of a claim.
 
 Paired, with dⱼ = aⱼ − bⱼ over n seeds:      d̄ ± t_{0.975, n−1}·s_d/√n
 Independent, variances unequal (Welch):      ā − b̄ ± t_{0.975, ν}·√(s_a²/n + s_b²/m)
@@ -6,6 +6,7 @@ Independent, variances unequal (Welch):      ā − b̄ ± t_{0.975, ν}·√(s_
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -58,3 +59,25 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     corrected = np.full_like(p, np.nan)
     corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
     return corrected
+
+
+def verdict(necessary: Iterable[object], further: Iterable[object] = ()) -> str:
+    """Return what findings say of a claim: the one rule of all notebooks.
+
+    A finding is ``"better"`` or True where it was shown, ``"undecided"`` where an interval leaves
+    it open, anything else where it does not hold. Without every one of the `necessary` findings a
+    claim is ``"not reproduced"``, or ``"undecided"`` where none of them fails; with them it is
+    ``"reproduced"`` if all the `further` ones were shown as well, else ``"partly"``.
+    """
+    needed = [str(finding) for finding in necessary]
+    shown = ("better", "True")
+    if not needed:
+        raise ValueError(
+            "necessary: expected at least one finding, got none; name what the claim cannot do "
+            "without"
+        )
+    if all(finding in shown for finding in needed):
+        more = all(str(finding) in shown for finding in further)
+        return "reproduced" if more else "partly"
+    open_ones = (*shown, "undecided")
+    return "undecided" if all(f in open_ones for f in needed) else "not reproduced"
