@@ -158,7 +158,7 @@ RECIPES = {
         options={"norm": "none", "width": 64},
         # averaged against the noise of the batches; no augmentation, since the condition has none
         training=TrainConfig(
-            epochs=20, learning_rate=1e-2, weight_decay=3e-3, schedule="halfway", average_epochs=9
+            epochs=12, learning_rate=1e-2, weight_decay=3e-3, schedule="halfway", average_epochs=4
         ),
         start="cifar10-ordinary",
     ),
