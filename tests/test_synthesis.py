@@ -875,7 +875,7 @@ def test_killed_process_is_resumed(tmp_path):
     assert same(resumed.samples, run(config=LONG, generator=seeded(5)).samples)
 
 
-@pytest.mark.parametrize("parameterisation", ["fourier", "multiresolution"])
+@pytest.mark.parametrize("parameterisation", ["fourier", "multiresolution", "phase"])
 def test_other_ways_to_write_an_image_stay_inside_the_bounds_and_lower_the_loss(parameterisation):
     low, high = torch.tensor([-2.0, -1.0]), torch.tensor([2.0, 3.0])
     lowest, highest = (bound.double().reshape(-1, 1, 1) for bound in (low, high))
@@ -977,9 +977,10 @@ def test_a_window_of_the_whole_that_is_not_mirrored_changes_nothing(augmented_we
     assert windowed.history.equals(expected.history)
 
 
-def test_the_first_row_is_the_loss_of_the_windows():
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_first_row_is_the_loss_of_the_windows(noise):
     model, generator = Mean(), seeded(3)
-    config = replace(WINDOWED, steps=1, tv_weight=0.0, augmented_weight=0.0)
+    config = replace(WINDOWED, steps=1, tv_weight=0.0, augmented_weight=0.0, window_noise=noise)
     row = run(model, config=config, generator=seeded(3)).history.iloc[0]
     x = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
     windows = draw_windows(3, len(LABELS), SHAPE[1:], generator=generator)
@@ -990,15 +991,18 @@ def test_the_first_row_is_the_loss_of_the_windows():
         part = part.flip(-1) if mirrored else part
         narrow = SHRINK if extent == 4 else torch.eye(3).double()
         parts.append(narrow @ part @ narrow.T)
-    samples = SupportSet(torch.stack(parts), torch.tensor(LABELS), torch.ones(len(LABELS)).double())
+    extra = torch.randn(len(LABELS), 2, 3, 3, generator=generator).double()
+    seen = torch.stack(parts) + noise * extra
+    samples = SupportSet(seen, torch.tensor(LABELS), torch.ones(len(LABELS)).double())
     expected = deepkkt_loss(model, samples, primal_weight=0.0)
     assert row["stationarity"] == pytest.approx(expected.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_windows_in_batches_change_nothing_but_rounding(batch_size):
+    config = replace(WINDOWED, window_noise=0.3)
     whole, parts = (
-        run(Mean(), config=WINDOWED, generator=seeded(3), batch_size=size).samples
+        run(Mean(), config=config, generator=seeded(3), batch_size=size).samples
         for size in (None, batch_size)
     )
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-7, atol=1e-9)
@@ -1006,8 +1010,9 @@ def test_windows_in_batches_change_nothing_but_rounding(batch_size):
 
 def test_resumed_run_draws_the_same_windows(tmp_path):
     path = tmp_path / "state.safetensors"
-    whole = run(Mean(), config=WINDOWED, generator=seeded(5))
-    solution, steps = interrupted(path, WINDOWED, 7, 4, model=Mean())
+    config = replace(WINDOWED, window_noise=0.3)
+    whole = run(Mean(), config=config, generator=seeded(5))
+    solution, steps = interrupted(path, config, 7, 4, model=Mean())
     assert steps[0] == 5
     assert same(solution.samples, whole.samples)
     assert solution.history.equals(whole.history)
@@ -1017,6 +1022,11 @@ def test_resumed_run_draws_the_same_windows(tmp_path):
 def test_a_window_has_a_side(window):
     with pytest.raises(ValueError, match=f"window: expected a finite number ≥ 1, got {window}"):
         SynthesisConfig(window=window)
+
+
+def test_noise_of_windows_needs_windows():
+    with pytest.raises(ValueError, match=r"window_noise: expected 0 without a window, got 0\.1"):
+        SynthesisConfig(window_noise=0.1)
 
 
 def test_windows_need_images_that_hold_them():
