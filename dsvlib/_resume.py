@@ -33,7 +33,6 @@ class State:
     generator: torch.Generator
     rates: tuple[float, float]  # of X and of Λ
     betas: tuple[float, float]
-    scaled: bool = False  # gradient descent on X, each sample's slope scaled to length 1
     stage: int = 0
     local: int = 0  # steps taken in this stage
     step: int = 0  # steps taken in all
@@ -57,17 +56,11 @@ class State:
         self.optimizer = torch.optim.Adam(groups, betas=self.betas)
 
     def move(self, slopes: Sequence[Tensor], factor: float) -> None:
-        """Take a step along the slopes, Adam's or a scaled one in X, its rates times `factor`."""
+        """Take Adam's step along the slopes, its rates times `factor`."""
         self.finite = (self.x.detach().clone(), self.multipliers.detach().clone(), self.labels)
         for group, rate, slope in zip(self.optimizer.param_groups, self.rates, slopes, strict=True):
             group["lr"] = rate * factor
             group["params"][0].grad = slope
-        if self.scaled:  # Adam passes over what has no gradient
-            length = slopes[0].flatten(1).norm(dim=1).clamp(min=torch.finfo(self.x.dtype).tiny)
-            with torch.no_grad():
-                step = slopes[0] / length.view(-1, *[1] * (self.x.ndim - 1))
-                self.x -= self.rates[0] * factor * step
-            self.x.grad = None
         self.optimizer.step()
         self.step += 1
         self.local += 1
@@ -166,8 +159,7 @@ class Checkpoint:
         state.generator.set_state(tensors["generator"])
         state.lead(placed["x"], placed["multipliers"])
         names = ("step", "exp_avg", "exp_avg_sq")
-        moved = [i for i in (0, 1) if f"adam {i} step" in tensors]
-        state.remember({i: {k: tensors[f"adam {i} {k}"] for k in names} for i in moved})
+        state.remember({i: {k: tensors[f"adam {i} {k}"] for k in names} for i in (0, 1)})
 
     def remove(self) -> None:
         """Remove the file of a run that is finished."""

@@ -6,6 +6,7 @@ decorrelated colours, the same loss moves large shapes and natural colours first
     pixels            x = z
     Fourier           u = σ(C · irfft2(s / max(f, 1/side)^d) / 4)        (Olah et al. 2017)
     multi-resolution  u = (1 + tanh(C · Σ_r up_r(P_r))) / 2              (Fort and Whitaker 2025)
+    phase             u = σ(C · irfft2(m · e^{iφ})),  m ∝ 1/f^d fixed    (Fel et al. 2023)
 
 with x = low + (high − low)·u inside the valid range, f in cycles per pixel, an orthonormal
 transform, bicubic up-sampling, and C a square root of the covariance of natural colours.
@@ -14,8 +15,8 @@ Each parameterisation has three functions: `start` draws leaves from noise, `inv
 given images, and `image` goes from leaves to x. Leaves are one tensor with a row for each image.
 
 Shapes: x [n, C, H, W] in normalised units; leaves [n, C, h, w] (pixels) or [n, D], where s is
-[C, H, W//2 + 1, 2] (real and imaginary part) and the layers P_r are [C, r, r], one after the other;
-low and high broadcast over x.
+[C, H, W//2 + 1, 2] (real and imaginary part), the layers P_r are [C, r, r], one after the other,
+and φ is [C, H, W//2 + 1]; low and high broadcast over x.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["pixels", "fourier", "multiresolution"]
+Kind = Literal["pixels", "fourier", "multiresolution", "phase"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 # Covariance of red, green and blue in [0, 1] over all training pixels of CIFAR-10
@@ -82,7 +83,7 @@ class Pixels:
 
 @dataclass(frozen=True, eq=False)
 class _InRange:
-    """What the two others share: the shape, the valid range (low, high) and C [C, C]."""
+    """What the others share: the shape, the valid range (low, high) and C [C, C]."""
 
     shape: tuple[int, ...]
     bounds: tuple[Tensor, Tensor]
@@ -147,10 +148,63 @@ class Fourier(_InRange):
 
     def _scale(self) -> Tensor:
         """Return 1 / max(f, 1/side)^decay of each coefficient, [H, W//2 + 1]."""
+        return _falling(self.shape[1:], self.decay)
+
+
+@dataclass(frozen=True, eq=False)
+class Phase(_InRange):
+    """A spectrum whose magnitudes stay those of natural images: only phases φ are free.
+
+    So no picture can hide in high frequencies, and its contrast is that of a photograph throughout.
+    `spread` is the standard deviation of the planes before C, at the start as at the end; phases
+    start uniform. The mean of a plane is 0. `invert` keeps the phases of an image and gives up its
+    magnitudes, so that it does not come back the same.
+    """
+
+    decay: float = 1.0
+    spread: float = 1.2
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Shape of the phases of one image."""
+        channels, height, width = self.shape
+        return channels, height, width // 2 + 1
+
+    def start(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return phases of U[0, 2π)."""
+        return 2 * math.pi * torch.rand(count, math.prod(self.phases), generator=generator)
+
+    def invert(self, inputs: Tensor) -> Tensor:
+        """Return the phases of the images."""
+        planes = self._mix(torch.logit(self._to_unit(inputs)), torch.linalg.inv(self.colours))
+        return torch.fft.rfft2(planes, norm="ortho").angle().flatten(1)
+
+    def image(self, leaves: Tensor) -> Tensor:
+        """Return σ(C · irfft2(m · e^{iφ})) in the valid range."""
+        (phases,) = self._split(leaves, [self.phases])
+        spectrum = torch.polar(self._magnitude().to(phases).expand_as(phases), phases)
+        planes = torch.fft.irfft2(spectrum, s=self.shape[1:], norm="ortho")
+        return self._to_range(torch.sigmoid(self._mix(planes, self.colours)))
+
+    def _magnitude(self) -> Tensor:
+        """Return m of each coefficient, [H, W//2 + 1]: its planes have variance spread²."""
         height, width = self.shape[1:]
-        rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
-        frequency = torch.hypot(rows[:, None], columns[None, :])
-        return frequency.clamp(min=1 / max(height, width)) ** -self.decay
+        magnitude = _falling((height, width), self.decay)
+        magnitude[0, 0] = 0.0
+        twice = torch.full((width // 2 + 1,), 2.0)  # a real transform leaves out the other half
+        twice[0] = 1.0
+        if width % 2 == 0:
+            twice[-1] = 1.0
+        power = (twice * magnitude**2).sum() / (height * width)  # Parseval
+        return self.spread * magnitude / power.sqrt().clamp(min=torch.finfo(power.dtype).tiny)
+
+
+def _falling(size: Sequence[int], decay: float) -> Tensor:
+    """Return 1 / max(f, 1/side)^decay of each coefficient of a real spectrum, [H, W//2 + 1]."""
+    height, width = size
+    rows, columns = torch.fft.fftfreq(height), torch.fft.rfftfreq(width)
+    frequency = torch.hypot(rows[:, None], columns[None, :])
+    return frequency.clamp(min=1 / max(height, width)) ** -decay
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +300,8 @@ def parameterise(
         Lowest and highest valid value, as tensors that broadcast over [n, C, H, W]; the sigmoid and
         tanh lead to them, so all but ``"pixels"`` need them.
     spread
-        Standard deviation of the start; None: 1 for pixels, 0.01 for a spectrum, 0 for layers.
+        Standard deviation of the start; None: 1 for pixels, 0.01 for a spectrum, 0 for layers. Of
+        phases that of the picture throughout (before C); None: 1.2.
     decay
         d of the spectrum.
     colours
@@ -279,4 +334,6 @@ def parameterise(
         )
     if kind == "fourier":
         return Fourier(size, bounds, mixing, decay=decay, **given)
+    if kind == "phase":
+        return Phase(size, bounds, mixing, decay=decay, **given)
     return Multiresolution(size, bounds, mixing, **given)

@@ -628,7 +628,6 @@ def test_bad_arguments_are_refused(options, error, message):
     ("setting", "message"),
     [
         ({"schedule": "cosin"}, "schedule: expected one of.*did you mean 'cosine'"),
-        ({"optimizer": "sgd"}, "optimizer: expected one of 'adam', 'scaled', got 'sgd'"),
         ({"negative_multiplier": "drop"}, "negative_multiplier: expected one of 'clamp', 'remove'"),
         ({"distance": "l3"}, "distance: expected one of 'cosine', 'l1', 'l2', got 'l3'"),
         ({"reduction": "none"}, "reduction: expected one of 'sum', 'mean'"),
@@ -875,7 +874,7 @@ def test_killed_process_is_resumed(tmp_path):
     assert same(resumed.samples, run(config=LONG, generator=seeded(5)).samples)
 
 
-@pytest.mark.parametrize("parameterisation", ["fourier", "multiresolution"])
+@pytest.mark.parametrize("parameterisation", ["fourier", "multiresolution", "phase"])
 def test_other_ways_to_write_an_image_stay_inside_the_bounds_and_lower_the_loss(parameterisation):
     low, high = torch.tensor([-2.0, -1.0]), torch.tensor([2.0, 3.0])
     lowest, highest = (bound.double().reshape(-1, 1, 1) for bound in (low, high))
@@ -988,9 +987,10 @@ def test_a_window_of_the_whole_that_is_not_mirrored_changes_nothing(augmented_we
     assert windowed.history.equals(expected.history)
 
 
-def test_the_first_row_is_the_loss_of_the_windows():
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_the_first_row_is_the_loss_of_the_windows(noise):
     model, generator = Mean(), seeded(3)
-    config = replace(WINDOWED, steps=1, tv_weight=0.0, augmented_weight=0.0)
+    config = replace(WINDOWED, steps=1, tv_weight=0.0, augmented_weight=0.0, window_noise=noise)
     row = run(model, config=config, generator=seeded(3)).history.iloc[0]
     x = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
     windows = draw_windows(3, len(LABELS), SHAPE[1:], generator=generator)
@@ -1002,15 +1002,18 @@ def test_the_first_row_is_the_loss_of_the_windows():
         part = part.flip(-1) if mirrored else part
         narrow = SHRINK if extent == 4 else torch.eye(3).double()
         parts.append(narrow @ part @ narrow.T)
-    samples = SupportSet(torch.stack(parts), torch.tensor(LABELS), torch.ones(len(LABELS)).double())
+    extra = torch.randn(len(LABELS), 2, 3, 3, generator=generator).double()
+    seen = torch.stack(parts) + noise * extra
+    samples = SupportSet(seen, torch.tensor(LABELS), torch.ones(len(LABELS)).double())
     expected = deepkkt_loss(model, samples, primal_weight=0.0)
     assert row["stationarity"] == pytest.approx(expected.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_windows_in_batches_change_nothing_but_rounding(batch_size):
+    config = replace(WINDOWED, window_noise=0.3)
     whole, parts = (
-        run(Mean(), config=WINDOWED, generator=seeded(3), batch_size=size).samples
+        run(Mean(), config=config, generator=seeded(3), batch_size=size).samples
         for size in (None, batch_size)
     )
     torch.testing.assert_close(parts.inputs, whole.inputs, rtol=1e-7, atol=1e-9)
@@ -1018,8 +1021,9 @@ def test_windows_in_batches_change_nothing_but_rounding(batch_size):
 
 def test_resumed_run_draws_the_same_windows(tmp_path):
     path = tmp_path / "state.safetensors"
-    whole = run(Mean(), config=WINDOWED, generator=seeded(5))
-    solution, steps = interrupted(path, WINDOWED, 7, 4, model=Mean())
+    config = replace(WINDOWED, window_noise=0.3)
+    whole = run(Mean(), config=config, generator=seeded(5))
+    solution, steps = interrupted(path, config, 7, 4, model=Mean())
     assert steps[0] == 5
     assert same(solution.samples, whole.samples)
     assert solution.history.equals(whole.history)
@@ -1029,6 +1033,11 @@ def test_resumed_run_draws_the_same_windows(tmp_path):
 def test_a_window_has_a_side(window):
     with pytest.raises(ValueError, match=f"window: expected a finite number ≥ 1, got {window}"):
         SynthesisConfig(window=window)
+
+
+def test_noise_of_windows_needs_windows():
+    with pytest.raises(ValueError, match=r"window_noise: expected 0 without a window, got 0\.1"):
+        SynthesisConfig(window_noise=0.1)
 
 
 def test_windows_need_images_that_hold_them():
@@ -1043,43 +1052,7 @@ def test_a_network_of_one_size_cannot_read_windows():
         run(config=WINDOWED)
 
 
-# --- gradient descent with scaled gradients ------------------------------------------------------
-
-SCALED = replace(BARE, optimizer="scaled", learning_rate=0.3, schedule="constant")
-
-
-def test_a_scaled_step_goes_down_the_slope_by_the_rate(generator):
-    start = torch.randn(len(LABELS), *SHAPE, generator=generator).double()
-    model, config = build("conv"), replace(SCALED, steps=1, multiplier_learning_rate=0.0)
-    leaf = start.clone().requires_grad_()
-    ones = torch.ones(len(LABELS)).double()
-    loss = deepkkt_loss(model, SupportSet(leaf, torch.tensor(LABELS), ones))
-    (slope,) = torch.autograd.grad(loss, leaf)
-    end = run(model, config=config, init=start).samples.inputs
-    for own, before, after in zip(slope, start, end, strict=True):
-        expected = before - 0.3 * own / own.square().sum().sqrt()
-        torch.testing.assert_close(after, expected)
-
-
-def test_a_scaled_run_lowers_the_loss_and_a_slope_of_zero_stays():
-    history = run(config=replace(SCALED, steps=40, learning_rate=0.1, schedule="cosine")).history
-    assert history["total"].iloc[-1] < history["total"].iloc[0]
-    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double()
-    with torch.no_grad():
-        model[1].weight.zero_()
-        model[1].bias.copy_(torch.tensor([5.0, 0.0, 0.0]))
-    still = replace(SCALED, stationarity_weight=0.0, steps=2)  # classified as labelled: no slope
-    start = torch.ones(2, *SHAPE).double()
-    assert torch.equal(run(model, [0, 0], config=still, init=start).samples.inputs, start)
-
-
-@pytest.mark.parametrize("negative", ["clamp", "remove"])
-def test_a_scaled_run_is_resumed_exactly(negative, tmp_path):
-    config = replace(LONG, optimizer="scaled", negative_multiplier=negative)
-    whole = run(config=config, generator=seeded(5))
-    solution, _ = interrupted(tmp_path / "state", config, 9, 4)
-    assert same(solution.samples, whole.samples)
-    assert solution.history.equals(whole.history)
+# --- temperature and presets --------------------------------------------------------------------
 
 
 def test_temperature_is_the_loss_of_divided_logits():
