@@ -3,5 +3,6 @@
 from . import blind_test as blind_test
 from . import figures as figures
 from . import recipes as recipes
+from . import report as report
 from . import toy_problems as toy_problems
 from .runs import Run as Run

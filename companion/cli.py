@@ -1,4 +1,4 @@
-"""The companion's commands of `dsv`, for a checkout; `dsvlib.cli` has the method's and runs all.
+"""The companion's commands of `dsv`, for a checkout but `report`; `dsvlib.cli` has the method's.
 
 Heavy modules are imported inside the commands, so that help is instant.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dsvlib import cli
-from dsvlib._errors import DsvError, RequestError
+from dsvlib._errors import DsvError, RequestError, explain
 
 app = typer.Typer()
 notebooks = typer.Typer(help="Keep the committed notebooks' outputs honest.", no_args_is_help=True)
@@ -57,6 +59,11 @@ def register(target: typer.Typer) -> None:
     target.registered_groups += app.registered_groups
 
 
+def register_report(target: typer.Typer) -> None:
+    """Add the one command that needs no checkout: an entry point for a wheel."""
+    target.command()(report)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with the companion's commands, installed or not, and exit."""
     cli.main(arguments, register)
@@ -80,6 +87,83 @@ def reproduce(
     done = run(preset, only=only or (), jobs=jobs, **asked, force=force, echo=typer.echo)
     if not done:
         raise DsvError("at least one notebook failed; the reasons are above")
+
+
+@app.command()
+def report(
+    classifier: Annotated[
+        str, typer.Option(help="A file, a shipped one's name, torchvision:NAME or MODULE:CALLABLE.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="A data set's name, or a folder with train/<class>/*, test/<class>/*."),
+    ],
+    out: Annotated[Path, typer.Option(help="The page: FILE.html, replaced if it is there.")],
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the data sets, and of classifiers.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Training images that λ is fitted to.")] = 2000,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes to show, by name or number: cat,5; default: all.")
+    ] = None,
+    per_class: Annotated[int, typer.Option(help="Support vectors to make of every class.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    device: Device = "auto",
+    weights: Annotated[Path | None, typer.Option(help="A local state dict, for your own.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Your own's, per channel: 0.49,0.48,0.45")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Your own's, per channel: 0.20,0.20,0.20")] = None,
+) -> None:
+    """Show in one HTML page what holds a classifier's decisions, and what to doubt.
+
+    What is finished is kept in FILE.html.parts, so that the same call goes on after a kill.
+    """
+    from companion.report import make  # without the extra this says so, before anything else
+
+    opening = {"mean": cli.numbers("--mean", mean, float), "std": cli.numbers("--std", std, float)}
+    parts = _parts_beside(out)
+    try:
+        made = make(
+            classifier,
+            data,
+            root=root,
+            limit=limit,
+            classes=None if classes is None else classes.split(","),
+            per_class=per_class,
+            seed=seed,
+            device=device,
+            parts=parts,
+            echo=typer.echo,
+            weights=weights,
+            **opening,
+        )
+        made.write(out)
+        shutil.rmtree(parts)
+    except KeyboardInterrupt:
+        typer.echo(f"what is finished is kept in {parts}; the same call goes on from there")
+        raise
+    finally:
+        with suppress(OSError):  # it stays where something is in it
+            parts.rmdir()
+    typer.echo(f"{out}, {out.stat().st_size / 1e6:.1f} MB. {made.verdict[0]}")
+
+
+def _parts_beside(out: Path) -> Path:
+    """Return the folder of what a report has finished, made; refuse what cannot be written."""
+    with explain("write", out):
+        if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+            raise RequestError(f"--out: expected a file that ends in .html, got {str(out)!r}")
+        if not out.parent.is_dir():
+            raise RequestError(
+                f"--out: expected a file in a folder that is there, got {str(out)!r}; make the "
+                f"folder first"
+            )
+        parts = out.with_name(f"{out.name}.parts")
+        parts.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent, prefix=f".{out.name}.") as stream:
+            stream.write(b"?")
+    return parts
 
 
 @app.command()

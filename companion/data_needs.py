@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from companion.presets import Job
 from dsvlib._errors import RequestError
 from dsvlib._files import downloads_folder
 from dsvlib.data.downloads import CIFAR, CLASSES, FOLDERS, as_folder, has_images, present, reachable
+
+if TYPE_CHECKING:
+    from companion.presets import Job
 
 
 def data_sets(parameters: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,7 @@ Register = Callable[[typer.Typer], None]
 INTERRUPTED = "interrupted; figures published earlier are as they were"
 MOST_PIXELS = 8  # GiB of images in one run of synthesize
 COMPANION = ("reproduce", "record", "claims", "cell", "train", "doctor", "site", "notebooks")
+ANYWHERE = ("report",)  # of the companion, but no checkout is needed
 
 
 def main(arguments: Sequence[str] | None = None, register: Register | None = None) -> None:
@@ -84,25 +85,41 @@ def _application(register: Register) -> typer.Typer:
 def _companion() -> Register:
     """Return what adds the companion's commands, or names that say what they lack."""
     if checkout() is None:
-        return _missing("clone the repository and run make install, then this command, in it")
+        found = _entry("report") or _missing(ANYWHERE, 'pip install "dsvlib[companion]"')
+        lacking = _missing(COMPANION, "clone the repository and run make install, then this "
+                           "command, in it")  # fmt: skip
+
+        def register(app: typer.Typer) -> None:
+            found(app)
+            lacking(app)
+
+        return register
+    fix = 'install what the companion needs by pip install -e ".[companion]"'
+    return _entry("companion") or _missing(COMPANION + ANYWHERE, fix)
+
+
+def _entry(name: str) -> Register | None:
+    """Return what an installed package adds under this name, None where none can be loaded."""
     try:
         for entry in entry_points(group="dsvlib.commands"):
-            return entry.load()  # type: ignore[no-any-return]
+            if entry.name == name:
+                return entry.load()  # type: ignore[no-any-return]
     except ImportError:  # the extra's packages; or none of its entries is installed yet
         pass
-    return _missing('install what the companion needs by pip install -e ".[companion]"')
+    return None
 
 
-def _missing(fix: str) -> Register:
+def _missing(names: Sequence[str], fix: str) -> Register:
     def refuse(context: typer.Context) -> None:
         """Of the companion, which works in a checkout of the repository."""
         name = context.info_name
-        raise RequestError(f"{name}: a command of the companion needs a checkout; {fix}")
+        needs = "its packages" if name in ANYWHERE else "a checkout"
+        raise RequestError(f"{name}: a command of the companion needs {needs}; {fix}")
 
     anything = {"allow_extra_args": True, "ignore_unknown_options": True}
 
     def register(app: typer.Typer) -> None:
-        for name in COMPANION:
+        for name in names:
             app.command(name, context_settings=anything, add_help_option=False)(refuse)
 
     return register
@@ -194,7 +211,7 @@ def synthesize(
                 wanted = opened.labels(labels.split(","))
             except ValueError as error:
                 raise RequestError(f"--{error}") from None
-        preset = _preset(opened)
+        preset = preset_for(opened)
         solution = dsvlib.synthesize(
             opened.model,
             wanted,
@@ -214,7 +231,7 @@ def synthesize(
     print(f"{len(solution.samples)} deep support vectors in {out}. {solution.status}")
 
 
-def _preset(opened: Classifier) -> Callable[..., SynthesisConfig]:
+def preset_for(opened: Classifier) -> Callable[..., SynthesisConfig]:
     """Return the settings for what a classifier reads; windows for networks that read them."""
     from dsvlib.synthesis import SynthesisConfig
 

@@ -325,4 +325,4 @@ def test_large_images_get_windows_where_the_network_reads_them(side, fixed, expe
     opened = dsvlib.Classifier(
         Any224(fixed), classes=("a", "b"), mean=(0.5,) * 3, std=(0.5,) * 3, shape=(3, side, side)
     )
-    assert cli._preset(opened)() == getattr(dsvlib.SynthesisConfig, expected)()
+    assert cli.preset_for(opened)() == getattr(dsvlib.SynthesisConfig, expected)()

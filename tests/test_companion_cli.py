@@ -32,7 +32,17 @@ def test_help_names_every_command_without_heavy_imports() -> None:
         [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines()[-1] == "set()"
-    commands = ("reproduce", "claims", "notebooks", "train", "synthesize", "doctor", "data", "site")
+    commands = (
+        "reproduce",
+        "claims",
+        "notebooks",
+        "train",
+        "synthesize",
+        "doctor",
+        "data",
+        "site",
+        "report",
+    )
     for command in commands:
         assert command in result.stdout
 
@@ -40,7 +50,7 @@ def test_help_names_every_command_without_heavy_imports() -> None:
 def test_their_names_are_known_where_they_are_missing() -> None:
     names = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
     names += [group.name for group in cli.app.registered_groups]
-    assert sorted(names) == sorted(dsvlib.cli.COMPANION)
+    assert sorted(names) == sorted(dsvlib.cli.COMPANION + dsvlib.cli.ANYWHERE)
 
 
 @pytest.mark.parametrize(

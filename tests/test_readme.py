@@ -66,6 +66,7 @@ def test_one_s_own_classifier_as_documented(folder: Path) -> None:
     assert names["pixels"].shape == (2, 3, 8, 8)
     assert not (folder / "dog-and-cat.state").exists()
     assert dsvlib.accuracy(names["fresh"], digits.test) > 0.5  # chance 0.1
+    assert names["made"].synthesised.labels.tolist() == [3, 8]
 
 
 def test_the_readme_is_short() -> None:

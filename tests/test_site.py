@@ -6,6 +6,7 @@ Run by `make test-site` on what `make site` has built; no page is fetched from a
 from __future__ import annotations
 
 import http.server
+import itertools
 import os
 import shutil
 import threading
@@ -403,3 +404,84 @@ def test_the_blind_test_fits_a_phone_and_says_what_is_missing(
     page.wait_for_selector(".blind-said.wrong")
     assert "blind_test_key.js is missing. Your answers are kept" in page.text_content(".blind-said")
     assert page.is_visible(".blind-save")
+
+
+# --- the report on a classifier ------------------------------------------------------------------
+
+REPORT = HTML.parents[2] / "docs" / "report-digits.html"
+
+
+@pytest.fixture
+def open_report(browser: Any) -> Iterator[Any]:
+    """Open the committed report from disk, as those do who are sent one."""
+    contexts = []
+
+    def open_it(*, viewport: dict[str, int] = DESK, scheme: str = "light") -> Any:
+        context = browser.new_context(viewport=viewport, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.heard = []
+        page.on("request", lambda request: page.heard.append(request.url))
+        page.on("pageerror", lambda error: page.heard.append(str(error)))
+        page.on("console", lambda said: page.heard.append(said.text))
+        page.goto(REPORT.as_uri(), wait_until="load")
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESK], ids=["phone", "desk"])
+def test_the_report_is_quiet_offline_described_and_fits(open_report: Any, viewport: Any) -> None:
+    page = open_report(viewport=viewport)
+    assert [heard for heard in page.heard if not heard.startswith("data:")] == [REPORT.as_uri()]
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= viewport["width"], f"the report is {width} px wide"
+    whole = page.eval_on_selector_all("img", "all => all.every(i => i.naturalWidth > 0)")
+    assert whole, "every picture is in the file"
+    alts = page.eval_on_selector_all("img", "images => images.map(i => i.alt)")
+    assert len(alts) > 100
+    assert [alt for alt in alts if len(alt.split()) < 3] == []
+    small = page.eval_on_selector_all("img", "all => Math.min(...all.map(i => i.clientWidth))")
+    assert small >= 44, "a digit can be made out"
+    clipped = """all => all.filter(e => e.scrollWidth > e.clientWidth + 1
+                   && !e.closest('.scroll')).map(e => e.textContent.slice(0, 40))"""
+    assert page.eval_on_selector_all("main p, main li, main h2, main h3", clipped) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_of_the_report_holds(open_report: Any, scheme: str) -> None:
+    measured = open_report(scheme=scheme).evaluate(CONTRAST)
+    assert measured["seen"] > 200
+    assert measured["low"] == {}
+
+
+def test_the_report_is_light_and_dark(open_report: Any) -> None:
+    ground = "getComputedStyle(document.body).backgroundColor"
+    found = {scheme: open_report(scheme=scheme).evaluate(ground) for scheme in ("light", "dark")}
+    assert found["light"] != found["dark"]
+
+
+def test_the_report_is_read_by_keyboard(open_report: Any) -> None:
+    page = open_report(viewport=PHONE)
+    reached = []
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(
+            "document.activeElement.getAttribute('href') ?? document.activeElement.ariaLabel"
+        ))  # fmt: skip
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline == "solid" or reached[-1] is None
+    assert reached[0] == "#verdict", "first of all one can skip to the verdict"
+    assert reached[1:9] == ["#verdict", "#accuracy", "#stationary", "#dsvs", "#lambda",
+                            "#suspicious", "#predictions", "#caveats"]  # fmt: skip
+    assert reached[9:11] == ["Accuracy by class", "What the sum leaves out of each layer"]
+    page.focus("nav a[href='#caveats']")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)  # the page's policy forbids Playwright's own way to wait
+    box = page.locator("#caveats").bounding_box()
+    assert box["y"] < PHONE["height"]
+    levels = page.eval_on_selector_all("h1, h2, h3, h4", "all => all.map(h => +h.tagName[1])")
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))

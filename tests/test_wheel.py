@@ -32,6 +32,19 @@ for words in ([], ["--version"], ["reproduce", "--preset", "smoke"]):
 """
 
 
+REPORT = """
+import sys, companion.cli, dsvlib.cli
+words = "report --classifier digits-convnet --data digits --limit 40 --classes 3 --out r.html"
+try: dsvlib.cli.main(words.split())
+except SystemExit as end: print("status", end.code)
+print(companion.cli.__file__)
+sys.modules["jinja2"] = None
+for name in [name for name in sys.modules if name.startswith("companion.")]: del sys.modules[name]
+try: dsvlib.cli.main(words.split())
+except SystemExit as end: print("status", end.code)
+"""
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder such as site-packages, with the wheel in it and nothing else."""
@@ -56,7 +69,9 @@ def run(site: Path, home: Path, code: str) -> subprocess.CompletedProcess[str]:
 def test_the_method_works_from_an_empty_folder(site: Path, tmp_path: Path) -> None:
     before = sorted(site.rglob("*"))
     assert checkout() == ROOT
-    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"dsvlib"}
+    found = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
+    assert found == {"dsvlib", "companion"}
+    assert not list(site.rglob("*.pyc"))
     used = run(site, tmp_path, METHOD)
     assert used.returncode == 0, used.stderr
     where, dataset, cache = used.stdout.splitlines()[:3]
@@ -75,3 +90,15 @@ def test_the_command_line_outside_a_checkout(site: Path, tmp_path: Path) -> None
     assert used.stdout.endswith(f"status 0\ndsvlib {dsvlib.__version__}\nstatus 0\nstatus 2\n")
     assert used.stderr.startswith("dsv: reproduce: a command of the companion needs a checkout")
     assert used.stderr.count("\n") == 1
+
+
+def test_the_report_needs_no_checkout_but_the_extra(site: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    used = run(site, tmp_path, REPORT)
+    assert used.returncode == 0, used.stderr
+    said = used.stdout.splitlines()
+    assert said[-3:] == ["status 0", str(site / "companion" / "cli.py"), "status 1"]
+    assert (tmp_path / "r.html").stat().st_size > 50_000
+    assert [path.name for path in tmp_path.iterdir() if "r.html" in path.name] == ["r.html"]
+    assert "jinja2" in used.stderr
+    assert 'pip install "dsvlib[companion]" brings what the command needs' in used.stderr
