@@ -70,7 +70,10 @@ class Report:
     @cached_property
     def html(self) -> str:
         """The page, one file with its pictures in it."""
-        tools = {"picture": page.picture, "percent": page.percent}
+        return self._page(links=True)
+
+    def _page(self, *, links: bool) -> str:
+        tools = {"picture": page.picture, "percent": page.percent, "links": links}
         return render("report.html", report=self, chart=page.chart(self.tables["classes"]), **tools)
 
     @property
@@ -107,7 +110,7 @@ class Report:
         return f"Report({self.title}: {' '.join(self.verdict)})"
 
     def _repr_html_(self) -> str:
-        return render("report_cell.html", page=self.html)
+        return render("report_cell.html", page=self._page(links=False))
 
 
 def make(
