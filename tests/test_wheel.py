@@ -102,3 +102,13 @@ def test_the_report_needs_no_checkout_but_the_extra(site: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir() if "r.html" in path.name] == ["r.html"]
     assert "jinja2" in used.stderr
     assert 'pip install "dsvlib[companion]" brings what the command needs' in used.stderr
+
+
+def test_an_editable_installation_holds_no_copy_of_the_code(tmp_path: Path) -> None:
+    """A copy in site-packages would be imported in the place of the checkout's own."""
+    from hatchling.builders.wheel import WheelBuilder
+
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["editable"])
+    with zipfile.ZipFile(wheel) as archive:
+        copies = [name for name in archive.namelist() if name.endswith((".py", ".pyi", ".html"))]
+    assert copies == []
