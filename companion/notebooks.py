@@ -34,6 +34,7 @@ from dsvlib._files import atomic_path
 
 MAX_CELL_LINES = 40
 LARGE = 50_000  # bytes of a picture that is made smaller before it is committed in an output
+PHOTOGRAPHS, NARROW = 150_000, 600  # bytes of one that is made smaller still, and its width then
 MAX_CELLS, MAX_WORDS = 80, 4500  # beyond, a notebook is two
 CLAIM = re.compile(r"\b(?:DSV|PDD|EXT|TEACH)-[A-Z0-9]\w*")
 PROGRESS = re.compile(r"\d%\||\d(it|s)/(s|it)\b|\dit \[")
@@ -148,11 +149,15 @@ def _as_shown(png: str, about: Any) -> str:
             picture.seek(frames - 1)
         elif picture.width <= width:
             return png
-        height = round(picture.height * width / picture.width)
-        small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    shown = io.BytesIO()
-    small.save(shown, "png")
-    made = base64.b64encode(compact(shown.getvalue(), {})).decode("ascii")
+        full = picture.convert("RGB")
+    for wide in (width, min(width, NARROW)):  # photographs cost most and lose least
+        shown = io.BytesIO()
+        height = round(full.height * wide / full.width)
+        full.resize((wide, height), Image.Resampling.LANCZOS).save(shown, "png")
+        small = compact(shown.getvalue(), {})
+        if len(small) <= PHOTOGRAPHS:
+            break
+    made = base64.b64encode(small).decode("ascii")
     return min(made, png, key=len)  # smoothing can cost more than pixels save
 
 

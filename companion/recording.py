@@ -5,8 +5,13 @@ Nothing else writes to the figures, ledgers, results and notebook outputs that g
 
 from __future__ import annotations
 
+import io
+import json
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
 
 from companion.execution import exclusive
 from companion.ledger.claims import write_claims
@@ -14,10 +19,20 @@ from companion.ledger.figure_wall import write_wall
 from companion.ledger.results import write_results
 from companion.notebooks import refresh_notebooks
 from companion.presets import Job, plan
-from companion.runs import copy_recorded, figures_root, git_state, read_record
+from companion.runs import (
+    RECORD,
+    copy_recorded,
+    digest,
+    figures_root,
+    git_state,
+    read_record,
+    write_json,
+)
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
+from dsvlib._files import file_digest
 
+LARGE, WIDE = 300_000, 900  # bytes and pixels: photographs beyond are committed at this width
 IN_NOTEBOOKS = "quick"  # the preset whose outputs the committed notebooks hold
 
 
@@ -47,6 +62,7 @@ def record(
             _check(job)
         for job in jobs:
             copy_recorded(job.directory, job.recorded)
+            _shrink(job.recorded)
         write_wall(figures_root() / preset)
         write_claims(preset)
         write_results(preset)
@@ -68,3 +84,31 @@ def _check(job: Job) -> None:
             f"{job.name}: expected a run from a clean commit, got one from changed files; "
             f"run {fix} --force"
         )
+
+
+def _shrink(folder: Path) -> None:
+    """Make large photographs of a recorded run smaller, and its digests those of the new files.
+
+    Photographs of 32 pixels drawn smoothly at four times their size cost megabytes and say no more.
+    """
+    from companion.figures import compact
+
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as picture:
+            still = getattr(picture, "n_frames", 1) == 1
+            if picture.mode != "RGB" or not still or path.stat().st_size <= LARGE:
+                continue
+            texts = {k: str(v) for k, v in picture.text.items()}  # type: ignore[attr-defined]
+            height = round(picture.height * WIDE / picture.width)
+            small = picture.resize((WIDE, height), Image.Resampling.LANCZOS)
+        raw = io.BytesIO()
+        small.save(raw, "png")
+        path.write_bytes(compact(raw.getvalue(), texts))
+        about = path.with_suffix(".json")
+        sidecar = json.loads(about.read_text(encoding="utf-8"))
+        sidecar["files"][path.name] = file_digest(path)
+        write_json(about, sidecar)
+        record["files"] |= {p.name: file_digest(p) for p in (path, about)}
+    own = {key: value for key, value in record.items() if key != "digest"}
+    write_json(folder / RECORD, own | {"digest": digest(own)})

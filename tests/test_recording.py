@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from checkout import make_checkout, publish, publish_at, whole_run, write_notebook
 from matplotlib.figure import Figure
+from PIL import Image
 
-from companion import cli, recording
+from companion import cli, figures, recording
 from companion.ledger.claims import claim_rows
 from companion.ledger.results import results
 from companion.notebooks import refresh_notebooks
@@ -25,7 +26,7 @@ from companion.recording import record
 from companion.runs import RecordError, Run, copy_recorded, digest, read_record
 from companion.workflow import finish, reproduce, up_to_date
 from dsvlib._errors import DsvError, RequestError
-from dsvlib._files import PACKAGE
+from dsvlib._files import PACKAGE, file_digest
 
 
 @pytest.fixture(autouse=True)
@@ -239,3 +240,26 @@ def test_papermill_by_hand_with_other_parameters_replaces_neither(checkout: Path
     made = read_record(checkout / "build" / "by-hand" / "quick" / "01_line")
     assert (made["parameters"]["steps"], made["by_hand"]) == (8, True)
     assert made["scale"] == "digits · quick · run by hand"
+
+
+def test_large_photographs_are_made_smaller_and_the_record_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "quick" / "01_line"
+    with whole_run(folder):
+        run = Run.start("01_line", preset="quick", seed=0)
+        noise = np.random.default_rng(0).random((60, 3, 24, 24))
+        fig = figures.image_grid(noise, smooth=True, tile=1.2)
+        run.save_figure(fig, "photos", alt="Sixty squares of noise.", caption="Noise.")
+        run.complete()
+    monkeypatch.setattr(recording, "LARGE", 200_000)
+    before = (folder / "photos.png").stat().st_size
+    recording._shrink(folder)
+    assert (folder / "photos.png").stat().st_size < before / 2
+    with Image.open(folder / "photos.png") as picture:
+        assert picture.width == recording.WIDE
+        assert picture.text["Description"] == "Sixty squares of noise."  # type: ignore[attr-defined]
+    assert read_record(folder)["files"]["photos.png"] == file_digest(folder / "photos.png")
+    changed = (folder / "photos.png").read_bytes()
+    recording._shrink(folder)  # nothing more to do
+    assert (folder / "photos.png").read_bytes() == changed
