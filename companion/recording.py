@@ -32,7 +32,7 @@ from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import file_digest
 
-LARGE, WIDE = 300_000, 900  # bytes and pixels: photographs beyond are committed at this width
+LARGE, WIDE = 300_000, 800  # bytes and pixels: photographs beyond are committed at this width
 IN_NOTEBOOKS = "quick"  # the preset whose outputs the committed notebooks hold
 
 

@@ -1,5 +1,8 @@
 """Sphinx configuration of the site; `dsv site` writes the pages and calls it."""
 
+import gzip
+from pathlib import Path
+
 import dsvlib
 from companion.site.content import plain_docstring
 
@@ -68,9 +71,18 @@ html_theme_options = {
 
 
 def setup(app):
-    """Take docstrings as the plain text that they are."""
+    """Take docstrings as the plain text that they are, and unpack MathJax."""
 
     def plain(_app, _what, _name, _object, _options, lines):
         lines[:] = plain_docstring(lines)
 
     app.connect("autodoc-process-docstring", plain)
+
+    def unpack(_app, error):
+        """Unpack what is packed in git: two megabytes of the tracked tree would be MathJax."""
+        packed = Path(_app.outdir, "_static", f"{mathjax_path}.gz")
+        if error is None and packed.is_file():
+            packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+            packed.unlink()
+
+    app.connect("build-finished", unpack)
