@@ -32,7 +32,7 @@ from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import file_digest
 
-LARGE, WIDE = 300_000, 800  # bytes and pixels: photographs beyond are committed at this width
+LARGE, WIDTHS = 250_000, (800, 600)  # bytes from which photographs are committed less wide
 IN_NOTEBOOKS = "quick"  # the preset whose outputs the committed notebooks hold
 
 
@@ -97,14 +97,18 @@ def _shrink(folder: Path) -> None:
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as picture:
             still = getattr(picture, "n_frames", 1) == 1
-            if picture.mode != "RGB" or not still or path.stat().st_size <= LARGE:
+            large = picture.width > WIDTHS[-1] and path.stat().st_size > LARGE
+            if picture.mode != "RGB" or not still or not large:
                 continue
             texts = {k: str(v) for k, v in picture.text.items()}  # type: ignore[attr-defined]
-            height = round(picture.height * WIDE / picture.width)
-            small = picture.resize((WIDE, height), Image.Resampling.LANCZOS)
-        raw = io.BytesIO()
-        small.save(raw, "png")
-        path.write_bytes(compact(raw.getvalue(), texts))
+            full = picture.convert("RGB")
+        for wide in WIDTHS:
+            raw, height = io.BytesIO(), round(full.height * wide / full.width)
+            full.resize((wide, height), Image.Resampling.LANCZOS).save(raw, "png")
+            small = compact(raw.getvalue(), texts)
+            if len(small) <= LARGE:
+                break
+        path.write_bytes(small)
         about = path.with_suffix(".json")
         sidecar = json.loads(about.read_text(encoding="utf-8"))
         sidecar["files"][path.name] = file_digest(path)
