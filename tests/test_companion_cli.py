@@ -117,7 +117,7 @@ def test_one_missing_folder_of_several_is_named_before_anything_starts(
     (tmp_path / "cifar10" / "train" / "cat" / "0.png").touch()
     assert run("reproduce", "--preset", "cifar10", "--data-root", str(tmp_path)) == 2
     line = stderr_line(capsys)
-    assert f"to {tmp_path}/imagenette-64" in line
+    assert f"to {tmp_path}/cifar100" in line
     assert "the images of cifar10" not in line
 
 
@@ -212,11 +212,12 @@ def test_doctor_says_what_is_missing_and_what_it_costs(
     for word in ("python", "device", "threads", "memory", "disk"):
         assert re.search(rf"^{word} +\S", printed, re.MULTILINE), word
     assert f"data cifar10 missing: dsv data fetch cifar10 --root {tmp_path}" in printed
-    folder = f"copy train/<class>/* and test/<class>/* to {tmp_path}/imagenette-64"
-    assert f"data imagenette-64 missing: {folder}" in printed
     assert re.search(r"^04_coresets +(up to date|.* (h|min|s)\b)", printed, re.MULTILINE)
     assert re.search(r"^together, .* for \d+ runs", printed, re.MULTILINE)
     (tmp_path / "cifar10" / "train" / "cat").mkdir(parents=True)
     (tmp_path / "cifar10" / "train" / "cat" / "0.png").touch()
     assert run("doctor", "--preset", "cifar10", "--data-root", str(tmp_path)) == 0
     assert "data cifar10 present" in capsys.readouterr().out
+    assert run("doctor", "--preset", "imagenette", "--data-root", str(tmp_path)) == 0
+    folder = f"copy train/<class>/* and test/<class>/* to {tmp_path}/imagenette-64"
+    assert f"data imagenette-64 missing: {folder}" in capsys.readouterr().out
