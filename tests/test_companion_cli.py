@@ -118,7 +118,7 @@ def test_one_missing_folder_of_several_is_named_before_anything_starts(
     assert run("reproduce", "--preset", "cifar10", "--data-root", str(tmp_path)) == 2
     line = stderr_line(capsys)
     assert f"to {tmp_path}/cifar100" in line
-    assert "the images of cifar10" not in line
+    assert "the images of cifar10;" not in line
 
 
 def test_failed_notebook_is_status_one(

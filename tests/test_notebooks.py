@@ -196,8 +196,10 @@ def test_large_pictures_are_committed_at_the_width_they_are_shown_at() -> None:
 
     assert size(_normalise_output(output(large, 300))) == (300, 200)
     assert size(_normalise_output(output(large, 400))) == (400, 267)
+    assert size(_normalise_output(output(large, 600))) == (600, 400)
     wide = (NARROW, round(NARROW * 400 / 600))  # photographs cost most and lose least
-    assert size(_normalise_output(output(large, 600))) == wide
+    wider = large.resize((900, 600))
+    assert size(_normalise_output(output(wider, 600))) == wide
     still = _normalise_output(output(large, 600, save_all=True, append_images=[large.rotate(90)]))
     assert size(still) == wide  # of an animation, its last frame
     small = output(large.crop((0, 0, 60, 40)), 30)
