@@ -34,7 +34,7 @@ from dsvlib._files import atomic_path
 
 MAX_CELL_LINES = 40
 LARGE = 50_000  # bytes of a picture that is made smaller before it is committed in an output
-PHOTOGRAPHS, NARROW = 150_000, 520  # bytes of one that is made smaller still, and its width then
+PHOTOGRAPHS, NARROW = 120_000, 480  # bytes of one that is made smaller still, and its width then
 MAX_CELLS, MAX_WORDS = 80, 4500  # beyond, a notebook is two
 CLAIM = re.compile(r"\b(?:DSV|PDD|EXT|TEACH)-[A-Z0-9]\w*")
 PROGRESS = re.compile(r"\d%\||\d(it|s)/(s|it)\b|\dit \[")

@@ -32,7 +32,8 @@ from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import file_digest
 
-LARGE, WIDTHS = 250_000, (800, 600)  # bytes from which photographs are committed less wide
+LARGE = 250_000  # bytes from which a picture is committed less wide: photographs, and those with
+WIDTHS = {"RGB": (800, 600), "P": (1200, 900)}  # a palette, which have letters to read
 IN_NOTEBOOKS = "quick"  # the preset whose outputs the committed notebooks hold
 
 
@@ -97,12 +98,12 @@ def _shrink(folder: Path) -> None:
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as picture:
             still = getattr(picture, "n_frames", 1) == 1
-            large = picture.width > WIDTHS[-1] and path.stat().st_size > LARGE
-            if picture.mode != "RGB" or not still or not large:
+            widths = WIDTHS.get(picture.mode, (picture.width,))
+            if not still or picture.width <= widths[-1] or path.stat().st_size <= LARGE:
                 continue
             texts = {k: str(v) for k, v in picture.text.items()}  # type: ignore[attr-defined]
             full = picture.convert("RGB")
-        for wide in WIDTHS:
+        for wide in widths:
             raw, height = io.BytesIO(), round(full.height * wide / full.width)
             full.resize((wide, height), Image.Resampling.LANCZOS).save(raw, "png")
             small = compact(raw.getvalue(), texts)
