@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -159,10 +158,9 @@ def _parts_beside(out: Path) -> Path:
                 f"--out: expected a file in a folder that is there, got {str(out)!r}; make the "
                 f"folder first"
             )
+        cli.probe(out.parent)
         parts = out.with_name(f"{out.name}.parts")
         parts.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent, prefix=f".{out.name}.") as stream:
-            stream.write(b"?")
     return parts
 
 

@@ -17,12 +17,13 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from companion.execution import exclusive
 from companion.ledger.claims import claim_ids
@@ -136,10 +137,6 @@ def _as_shown(png: str, about: Any) -> str:
 
     The figure itself lies below figures/; of an animation the last frame is left.
     """
-    from PIL import Image
-
-    from companion.figures import compact
-
     raw, width = base64.b64decode(png), about.get("width")
     if len(raw) <= LARGE or not width:
         return png
@@ -150,15 +147,28 @@ def _as_shown(png: str, about: Any) -> str:
         elif picture.width <= width:
             return png
         full = picture.convert("RGB")
-    for wide in (width, min(width, NARROW)):  # photographs cost most and lose least
-        shown = io.BytesIO()
-        height = round(full.height * wide / full.width)
-        full.resize((wide, height), Image.Resampling.LANCZOS).save(shown, "png")
-        small = compact(shown.getvalue(), {})
-        if len(small) <= PHOTOGRAPHS:
-            break
+    small = less_wide(full, (width, min(width, NARROW)), PHOTOGRAPHS)
     made = base64.b64encode(small).decode("ascii")
     return min(made, png, key=len)  # smoothing can cost more than pixels save
+
+
+def less_wide(
+    picture: Image.Image, widths: Sequence[int], most: int, text: Mapping[str, str] | None = None
+) -> bytes:
+    """Return an RGB picture as PNG, with `text` in it, at the first width of at most `most` bytes.
+
+    At the last one where there is none. Photographs of 32 pixels, drawn smoothly at four times
+    their size, cost megabytes and say no more.
+    """
+    from companion.figures import compact
+
+    for wide in widths:
+        raw, height = io.BytesIO(), round(picture.height * wide / picture.width)
+        picture.resize((wide, height), Image.Resampling.LANCZOS).save(raw, "png")
+        small = compact(raw.getvalue(), text or {})
+        if len(small) <= most:
+            break
+    return small
 
 
 def _without_paths(text: str) -> str:

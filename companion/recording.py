@@ -5,7 +5,6 @@ Nothing else writes to the figures, ledgers, results and notebook outputs that g
 
 from __future__ import annotations
 
-import io
 import json
 import uuid
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from companion.execution import exclusive
 from companion.ledger.claims import write_claims
 from companion.ledger.figure_wall import write_wall
 from companion.ledger.results import write_results
-from companion.notebooks import refresh_notebooks
+from companion.notebooks import less_wide, refresh_notebooks
 from companion.presets import Job, plan
 from companion.runs import (
     RECORD,
@@ -88,12 +87,7 @@ def _check(job: Job) -> None:
 
 
 def _shrink(folder: Path) -> None:
-    """Make large photographs of a recorded run smaller, and its digests those of the new files.
-
-    Photographs of 32 pixels drawn smoothly at four times their size cost megabytes and say no more.
-    """
-    from companion.figures import compact
-
+    """Make large pictures of a recorded run smaller, and its digests those of the new files."""
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as picture:
@@ -103,13 +97,7 @@ def _shrink(folder: Path) -> None:
                 continue
             texts = {k: str(v) for k, v in picture.text.items()}  # type: ignore[attr-defined]
             full = picture.convert("RGB")
-        for wide in widths:
-            raw, height = io.BytesIO(), round(full.height * wide / full.width)
-            full.resize((wide, height), Image.Resampling.LANCZOS).save(raw, "png")
-            small = compact(raw.getvalue(), texts)
-            if len(small) <= LARGE:
-                break
-        path.write_bytes(small)
+        path.write_bytes(less_wide(full, widths, LARGE, texts))
         about = path.with_suffix(".json")
         sidecar = json.loads(about.read_text(encoding="utf-8"))
         sidecar["files"][path.name] = file_digest(path)

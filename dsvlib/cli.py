@@ -194,7 +194,7 @@ def synthesize(
     }
     if checkpoint is not None:
         with explain("write", checkpoint):
-            _probe(checkpoint.parent)
+            probe(checkpoint.parent)
     with _new_folder(out) as folder:  # made first: what cannot be written is not begun
         import torch
 
@@ -296,7 +296,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with explain("write", target):
-            _probe(folder)
+            probe(folder)
         yield folder
         with explain("write", target):
             os.replace(folder, target)  # also over an empty folder
@@ -304,7 +304,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _probe(folder: Path) -> None:
+def probe(folder: Path) -> None:
     """Make a folder, and a file in it for a moment: one can be made where the other cannot."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as stream:

@@ -23,7 +23,7 @@ from PIL import Image
 
 import dsvlib
 from companion import cli, report
-from companion.report import page, reading, stages, tables
+from companion.report import inputs, page, stages, tables
 
 run = functools.partial(command_line.run, main=cli.main)
 EVIL = '<b>&"x'  # also a folder's name, where systems allow it
@@ -344,7 +344,7 @@ def test_another_normalisation_is_the_classifier_s(images: Path, made: report.Re
     data = dsvlib.load_dataset(f"folder:{images}")
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     own = dsvlib.Classifier(network, data.classes, (0.5,), (0.25,), data.shape)
-    _, read = reading.opened_with(own, data, None, {})
+    _, read = inputs.opened_with(own, data, None, {})
     pixels = data.denormalize(data.train.inputs)
     assert torch.allclose(read.train.inputs, (pixels - 0.5) / 0.25, atol=1e-6)
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import dsvlib
-from companion.report import page, reading, stages, tables
+from companion.report import inputs, page, stages, tables
 from companion.site.render import render
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._errors import explain as say_why
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIMIT = 2000  # training images that λ is fitted to
-HIGHEST = {"limit": stages.MOST_IMAGES, "per-class": reading.MOST_MADE, "seed": 2**63 - 1}
+HIGHEST = {"limit": stages.MOST_IMAGES, "per-class": inputs.MOST_MADE, "seed": 2**63 - 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +161,9 @@ def make(
         low, high = int(name != "seed"), HIGHEST[name]
         if not (isinstance(value, int) and low <= value <= high):
             raise RequestError(f"{name}: expected a whole number from {low} to {high}, got {value}")
-    opened, loaded = reading.opened_with(classifier, data, root, opening)
-    wanted = reading.wanted(opened, classes, per_class)
-    kept = reading.first_of_each(loaded.train.labels, limit)
+    opened, loaded = inputs.opened_with(classifier, data, root, opening)
+    wanted = inputs.wanted(opened, classes, per_class)
+    kept = inputs.first_of_each(loaded.train.labels, limit)
     train, test, model = loaded.train[kept], loaded.test, opened.model
     fewest = int(torch.bincount(train.labels, minlength=len(opened.classes)).min())
     if fewest < per_class:
@@ -184,7 +184,7 @@ def make(
         str(named),
         stages.settings_of(opened),
     )
-    stage = stages.Stages(parts, reading.digest(model, train, test, *about), echo)
+    stage = stages.Stages(parts, inputs.digest(model, train, test, *about), echo)
 
     logits = stage("accuracy", lambda: stages.logits(model, {"test": test, "train": train}))
     fit = stage("stationarity", lambda: stages.fitted(model, train))
@@ -198,7 +198,7 @@ def make(
     chosen = stages.to_explain(predicted, test.labels, wanted, seed)
     found = stage("explanation", lambda: stages.explained(model, test.inputs[chosen], support))
 
-    explanation, files = Explanation(**found), reading.file_names(data, loaded)
+    explanation, files = Explanation(**found), inputs.file_names(data, loaded)
     best = dsvlib.select(support, per_class)
     where = next((p.device for p in model.parameters()), "cpu")
     part = len(train) < len(loaded.train)

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from companion.report import Report
 
 SIDE = 160  # pixels of a picture on the page
-NEAR, PARTLY = (
-    0.2,
-    0.6,
-)  # ‖θ + Σλ∇L‖ / ‖θ‖ up to which a classifier is nearly, or partly, stationary
+NEAR, PARTLY = 0.2, 0.6  # ‖θ + Σλ∇L‖ / ‖θ‖ up to which a classifier is nearly, partly stationary
 FRAME = (46, 368, 22, 222)  # of the drawing: left, right, top, bottom
 PAPER = "The paper found 0.78 for CIFAR-10 (Fig. 2)."
 
