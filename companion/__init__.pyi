@@ -5,4 +5,5 @@ from . import figures as figures
 from . import recipes as recipes
 from . import report as report
 from . import toy_problems as toy_problems
+from .ledger.claims import verdicts as verdicts
 from .runs import Run as Run

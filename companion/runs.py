@@ -179,6 +179,8 @@ class Value:
     seeds: tuple[int, ...] = ()
     unit: str = ""
     paper: float | None = None
+    low: float | None = None
+    high: float | None = None
     higher_is_better: bool | None = None
     note: str = ""
 
@@ -361,16 +363,22 @@ class Run:
         seeds: Iterable[int] = (),
         unit: str = "",
         paper: float | None = None,
+        interval: Sequence[SupportsFloat] | None = None,
         higher_is_better: bool | None = None,
         note: str = "",
     ) -> Value:
         """Record a named value for a claim; the same claim and name again replaces it.
 
         `paper` is the published number, `std` over `n` repetitions or `seeds` (default: the
-        run's). Raises ValueError for a number that is not finite.
+        run's), `interval` the 95 % interval (low, high), by which rules with > and < decide
+        (``companion/ledger/verdicts.py``); NaN where nothing varies, so that there is none.
+        Raises ValueError for another number that is not finite, and for low > high.
         """
         self._check_open(name)
         seeds = tuple(int(seed) for seed in seeds) or (self.seed,)
+        low, high = (float(end) for end in interval or (math.nan, math.nan))
+        if low > high:
+            raise ValueError(f"interval: expected (low, high), got ({low}, {high}); swap them")
         entry = Value(
             claim=claim,
             name=name,
@@ -380,6 +388,8 @@ class Run:
             seeds=seeds,
             unit=unit,
             paper=None if paper is None else _finite("paper", paper),
+            low=None if math.isnan(low) else _finite("low", low),
+            high=None if math.isnan(high) else _finite("high", high),
             higher_is_better=higher_is_better,
             note=note,
         )

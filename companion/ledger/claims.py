@@ -1,53 +1,34 @@
 """The claim ledger: every claim of the papers, what was measured, and whether it holds.
 
-``claims.yml`` says what is claimed, where it is tested and what would count. Numbers come from the
-notebooks' records and verdicts from the tables that they publish (`read_record` checks each file),
-so that no verdict is typed in twice. A claim that has not been run is in the ledger all the same.
+``claims.yml`` says what is claimed, where it is tested and by which rules it counts. Numbers come
+from the notebooks' records, verdicts from numbers and rules (``verdicts.py``), so that none is
+typed in. A claim that has not been run is in the ledger all the same.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel
 
 from companion.blind_test import NAME, BlindTest
 from companion.ledger.results import measured, repetitions, value_cells, values_of, whole_runs
+from companion.ledger.verdicts import Finding, Rule, Verdict, findings
+from companion.ledger.verdicts import verdict as judge
 from companion.presets import check_preset, checked, notebook_names, read_presets
-from companion.runs import BADGES, RecordError, Value, figures_root, read_record
+from companion.runs import BADGES, RecordError, Run, Value, figures_root, read_record
 from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import atomic_path
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 CLAIMS = Path(__file__).with_name("claims.yml")
-TABLES = ("verdicts", "verdict")
-
-
-class Verdict(StrEnum):
-    """What the measured numbers say about a claim."""
-
-    REPRODUCED = "reproduced"
-    PARTLY = "partly"
-    UNDECIDED = "undecided"
-    NOT_REPRODUCED = "not reproduced"
-    NOT_ATTEMPTED = "not attempted"
-
-
-# The notebooks' own words.
-WORDS = {
-    **dict.fromkeys(("reproduced", "yes", "true", "shown"), Verdict.REPRODUCED),
-    "partly": Verdict.PARTLY,
-    "undecided": Verdict.UNDECIDED,
-    **dict.fromkeys(("not reproduced", "no", "false", "not shown"), Verdict.NOT_REPRODUCED),
-}
-
 # The word stands beside the colour: not everybody sees it, and what was not run is red as well.
 SIGNS = {
     Verdict.REPRODUCED: "🟢",
@@ -58,18 +39,9 @@ SIGNS = {
 }
 COLUMNS = (
     *("claim", "group", "where", "statement", "notebook", "preset", "scale"),
-    *("quantity", "value", "std", "n", "seeds", "unit", "paper_value"),
+    *("quantity", "value", "std", "low", "high", "n", "seeds", "unit", "paper_value"),
     *("paper", "tolerance", "verdict", "reason"),
 )
-
-
-class Rule(BaseModel, extra="forbid", frozen=True):
-    """Where in its notebook's table of verdicts a claim's own stands, if not in its own row."""
-
-    caption: bool = False
-    where: dict[str, Any] | None = None
-    column: str = "verdict"
-    blind_test: bool = False
 
 
 class Claim(BaseModel, extra="forbid", frozen=True):
@@ -80,10 +52,25 @@ class Claim(BaseModel, extra="forbid", frozen=True):
     where: str = ""
     statement: str = ""
     paper: str = "–"
-    tolerance: str = "the notebook's criteria"
     notebook: str = ""
     headline: dict[str, str] = {}
-    rule: Rule = Rule()
+    necessary: dict[str, str] = {}  # a rule, and the same in words
+    further: dict[str, str] = {}
+    blind_test: bool = False
+
+    @property
+    def tolerance(self) -> str:
+        """What counts as reproduced, in the words of claims.yml."""
+        parts = list(self.necessary.values())
+        more = list(self.further.values())
+        more += ["the site's blind test is of this run"] if self.blind_test else []
+        return "; ".join(parts) + (f"; else partly: {'; '.join(more)}" if more else "")
+
+    def findings(self, values: Iterable[Value]) -> list[Finding]:
+        """Return what the rules find in the values of this claim; raises ValueError for no rule."""
+        rules = [[Rule.read(*item) for item in part.items()]
+                 for part in (self.necessary, self.further)]  # fmt: skip
+        return findings((value for value in values if value.claim == self.id), *rules)
 
 
 class ClaimRow(Claim, frozen=True):
@@ -137,13 +124,13 @@ def _read_claims() -> list[Claim]:
         for group in ("papers", "ours"):
             for name, entry in content[group].items():
                 where = f"claims.yml: {name}"
-                checked(Rule, entry.get("rule", {}), f"{where}: rule", "key of")
                 about = checked(Claim, {"id": name, "group": group} | entry, where, "key of")
                 claims.append(Claim(**about))
+                claims[-1].findings([])  # its rules can be read
         return claims
     except RequestError:
         raise
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DsvError(
             f"claims.yml: expected 'papers' and 'ours' with one entry per claim, got {reason}"
@@ -167,7 +154,7 @@ def _row(
             reason = "a smoke run shows only that everything runs"
         else:
             verdict, reason = _over_seeds(claim, directory, record)
-            if claim.rule.blind_test and verdict is Verdict.REPRODUCED:
+            if claim.blind_test and verdict is Verdict.REPRODUCED:
                 missing = _not_asked(directory)
                 verdict = Verdict.PARTLY if missing else verdict
                 reason = f"{reason}; {missing or 'its blind test is on the site'}"
@@ -197,43 +184,56 @@ def _over_seeds(claim: Claim, directory: Path, record: Mapping[str, Any]) -> tup
 
     The repetitions' files are known to be sound and to be the same, since `read_run` was here.
     """
-    verdict, reason = _verdict(claim, directory, record)
     if "repetitions" not in record:
-        return verdict, reason
-    found = {record["seed"]: verdict}
-    for other, folder in zip(record["repetitions"], repetitions(directory), strict=True):
-        found[other["seed"]] = _verdict(claim, folder, record)[0]
-    if len(set(found.values())) == 1:
+        return _verdict(claim, record)
+    runs = [read_record(folder) for folder in (directory, *repetitions(directory))]
+    found = {run["seed"]: _verdict(claim, run) for run in runs}
+    words = [word for word, _ in found.values()]
+    own, (verdict, reason) = next(iter(found.items()))
+    if len(set(words)) == 1:
         others = " and ".join(f"seed {seed}" for seed in list(found)[1:])
-        return verdict, f"seed {record['seed']}: {reason}; the same verdict at {others}"
-    others = ", ".join(f"seed {seed} {word}" for seed, word in list(found.items())[1:])
-    return _together(list(found.values())), f"seed {record['seed']}: {reason}; {others}"
+        return verdict, f"seed {own}: {reason}; the same verdict at {others}"
+    others = ", ".join(f"seed {seed} {word}" for seed, (word, _) in list(found.items())[1:])
+    return Verdict.PARTLY, f"seed {own}: {reason}; {others}"
 
 
-def _verdict(claim: Claim, directory: Path, record: Mapping[str, Any]) -> tuple[Verdict, str]:
-    """Return what the notebook's own table of verdicts says, and its numbers as the reason."""
-    rule = claim.rule
-    table = next((name for name in TABLES if f"{name}.csv" in record["files"]), None)
-    if table is None:
-        return Verdict.NOT_ATTEMPTED, f"{claim.notebook} ran and published no table of verdicts"
-    text = (directory / f"{table}.csv").read_text(encoding="utf-8")
-    lines = list(csv.DictReader(io.StringIO(text)))
-    wanted = {} if rule.caption else {"claim": claim.id}
-    wanted = wanted if rule.where is None else rule.where
-    rows = [r for r in lines if all(r.get(name) == str(v) for name, v in wanted.items())]
-    column = rule.column
-    if rule.caption:
-        caption = json.loads((directory / f"{table}.json").read_text(encoding="utf-8"))["caption"]
-        found = re.search(rf"{re.escape(claim.id)}: (.+?)\.?$", caption)
-        verdicts = [_word(found.group(1))] if found else []
-    else:
-        verdicts = [_word(row.get(column) or "") for row in rows]
-    decided = [verdict for verdict in verdicts if verdict is not None]
-    if not decided:
-        return Verdict.NOT_ATTEMPTED, f"{claim.notebook} ran and gave no verdict on it"
-    # a notebook may judge parts, DSV-F5a and DSV-F5b, and the claim as a whole
-    parts = [r for r in lines if re.fullmatch(rf"{re.escape(claim.id)}[a-d]", r.get("claim") or "")]
-    return _of_parts(decided), "; ".join(_say(row, column, wanted) for row in parts or rows)
+def _verdict(claim: Claim, record: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """Return what one run says of a claim, and what was found as the reason."""
+    if not claim.necessary:
+        return Verdict.NOT_ATTEMPTED, "recorded without a rule"
+    found = claim.findings(values_of(record))
+    short = []
+    for finding in found:
+        name = finding.value.name if finding.value else finding.rule.name
+        needed = f"{finding.rule.sign} {finding.rule.number:g}"
+        short.append(f"{name.replace('_', ' ')} {finding.ours}, {needed} {finding.found}")
+    return judge(found), "; ".join(short)
+
+
+def verdicts(run: Run) -> pd.DataFrame:
+    """Judge what a run has recorded so far by the rules of its notebook's claims.
+
+    Saved as its table ``verdicts`` and returned: one row a finding, ``claim``, ``part``
+    (necessary or further), ``criterion``, ``quantity``, ``ours``, ``needed``, ``finding`` and the
+    claim's ``verdict``, which a smoke run does not give.
+    """
+    import pandas as pd
+
+    rows = []
+    for claim in _read_claims():
+        if claim.notebook != run.notebook:
+            continue
+        found = claim.findings(run.values.values())
+        word = Verdict.NOT_ATTEMPTED if run.preset == "smoke" else judge(found)
+        for finding in found:
+            part = "necessary" if finding.necessary else "further"
+            name = finding.value.name if finding.value else finding.rule.name
+            needed = f"{finding.rule.sign} {finding.rule.number:g}"
+            rows.append((claim.id, part, finding.rule.words, name, finding.ours, needed,
+                         finding.found, word.value))  # fmt: skip
+    columns = ["claim", "part", "criterion", "quantity", "ours", "needed", "finding", "verdict"]
+    caption = "A claim is what its necessary findings say; partly where a further one is missing."
+    return run.save_table(pd.DataFrame(rows, columns=columns), "verdicts", caption=caption)
 
 
 def blind_test_folder(root: Path | None = None) -> Path | None:
@@ -260,39 +260,6 @@ def _not_asked(directory: Path) -> str:
     if BlindTest.load(directory).digest != BlindTest.load(shown).digest:
         return f"the site's blind test is another, of {shown.parent.name}/{shown.name}"
     return ""
-
-
-def _word(text: str) -> Verdict | None:
-    word = text.strip().lower()
-    if word in WORDS:
-        return WORDS[word]
-    return next((WORDS[known] for known in WORDS if word.startswith(f"{known} ")), None)
-
-
-def _of_parts(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict on a claim in several rows: the first is what it cannot do without."""
-    first = verdicts[0]
-    return first if first in (Verdict.NOT_REPRODUCED, Verdict.UNDECIDED) else _together(verdicts)
-
-
-def _together(verdicts: Sequence[Verdict]) -> Verdict:
-    return verdicts[0] if len(set(verdicts)) == 1 else Verdict.PARTLY
-
-
-def _say(row: Mapping[str, str], column: str, leave_out: Iterable[str]) -> str:
-    """Return a row of a table of verdicts as a phrase, without what the ledger says elsewhere."""
-    hidden = {*leave_out, column, "claim", "paper"}
-    cells = [_short(name, cell) for name, cell in row.items() if name not in hidden and cell]
-    word = row.get(column) or ""
-    return f"{', '.join(cells)} ({word})" if word and cells else ", ".join(cells) or word
-
-
-def _short(name: str, cell: str) -> str:
-    try:
-        number = f"{float(cell):.3g}"
-    except ValueError:
-        return cell.replace("; ", ", ")
-    return number if name in ("ours", "measured") else f"{name} {number}"
 
 
 def write_claims(preset: str = "quick") -> list[Path]:

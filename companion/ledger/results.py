@@ -30,8 +30,8 @@ from dsvlib._errors import explain
 from dsvlib._files import atomic_path, file_digest
 
 COLUMNS = (
-    *("preset", "notebook", "claim", "quantity", "value", "std", "n", "seeds", "unit"),
-    *("paper_value", "scale", "note"),
+    *("preset", "notebook", "claim", "quantity", "value", "std", "low", "high", "n", "seeds"),
+    *("unit", "paper_value", "scale", "note"),
 )
 ABOUT = (
     *("scale", "command", "seed", "parameters", "data_digest", "code", "checkpoints", "commit"),
@@ -115,6 +115,8 @@ def _mean(by_seed: Mapping[int, Value], seeds: Sequence[int]) -> Value:
         first,
         value=statistics.fmean(numbers),
         std=statistics.stdev(numbers),
+        low=None,
+        high=None,
         n=len(numbers),
         seeds=tuple(seed for value in by_seed.values() for seed in value.seeds),
         note="; ".join(filter(None, [part, about, own])),
@@ -139,11 +141,11 @@ def measured(value: float, std: float | None, unit: str) -> str:
 
 
 def value_cells(value: Value) -> list[str]:
-    """Return name, value, std, n, seeds, unit and the paper's value as cells of a CSV."""
-    std = "" if value.std is None else repr(value.std)
+    """Return a value as cells of a CSV: from its name to the paper's, in the order of `COLUMNS`."""
+    own = ["" if x is None else repr(x) for x in (value.std, value.low, value.high)]
     seeds = " ".join(map(str, value.seeds))
     paper = "" if value.paper is None else f"{value.paper:.6g}"
-    return [value.name, repr(value.value), std, str(value.n), seeds, value.unit, paper]
+    return [value.name, repr(value.value), *own, str(value.n), seeds, value.unit, paper]
 
 
 def results(preset: str) -> tuple[str, dict[str, Any]]:
