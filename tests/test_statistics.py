@@ -1,13 +1,12 @@
-"""Intervals against the formulas, p-values of many against Holm's definition."""
+"""Intervals against the formulas, alone and together."""
 
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
-from dsvlib.analysis.statistics import difference, holm, verdict
+from dsvlib.analysis.statistics import difference
 
 SAMPLES = np.random.default_rng(0).normal(size=(2, 6)) * [[1], [3]]
 
@@ -46,37 +45,16 @@ def test_too_few_values_are_refused() -> None:
         difference([1.0, 2.0, 3.0], [1.0, 2.0], paired=True)
 
 
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.5]) == pytest.approx([1.0, 1.0])
-    assert len(holm([])) == 0
-    assert holm([0.04, np.nan, 0.01]) == pytest.approx([0.04, np.nan, 0.02], nan_ok=True)
-
-
-@pytest.mark.parametrize("wrong", [[2, -1], [0.5, 1.1], [-0.01], [[0.1]], [np.inf]])
-def test_holm_refuses_what_is_no_p_value(wrong: list[float]) -> None:
-    with pytest.raises(ValueError, match="expected a list of p-values from 0 to 1, got"):
-        holm(wrong)
-
-
-@pytest.mark.parametrize(
-    ("necessary", "further", "word"),
-    [
-        (["better", True], [], "reproduced"),
-        ([True], ["better", True], "reproduced"),
-        ([True], [False], "partly"),
-        (["better"], ["undecided"], "partly"),
-        (["worse"], [True, True], "not reproduced"),
-        ([True, False], [True], "not reproduced"),
-        (["better", "undecided"], [True], "undecided"),
-        (["undecided", "worse"], [], "not reproduced"),
-        ([np.bool_(True)], pd.Series(["better"]), "reproduced"),
-    ],
-)
-def test_a_claim_stands_and_falls_with_its_necessary_part(necessary, further, word) -> None:
-    assert verdict(necessary, further) == word
-
-
-def test_a_claim_without_a_necessary_part_is_refused() -> None:
-    with pytest.raises(ValueError, match="necessary: expected at least one finding"):
-        verdict([], [True])
+def test_intervals_of_many_comparisons_hold_together() -> None:
+    alone, third = (difference(*SAMPLES, paired=True, comparisons=k) for k in (1, 3))
+    d = SAMPLES[0] - SAMPLES[1]
+    half = stats.t.ppf(1 - 0.025 / 3, 5) * d.std(ddof=1) / np.sqrt(6)
+    assert third.interval == pytest.approx((d.mean() - half, d.mean() + half))
+    assert third.p == alone.p
+    rng = np.random.default_rng(1)
+    missed = 0
+    for _ in range(400):  # of four true differences of zero, how often is one interval wrong?
+        noise = rng.normal(size=(4, 8))
+        found = [difference(row, np.zeros(8), paired=True, comparisons=4) for row in noise]
+        missed += any(f.low > 0 or f.high < 0 for f in found)
+    assert missed <= 32  # 5 % of 400 and three standard errors
