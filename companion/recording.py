@@ -5,7 +5,6 @@ Nothing else writes to the figures, ledgers, results and notebook outputs that g
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,18 +17,9 @@ from companion.ledger.figure_wall import write_wall
 from companion.ledger.results import write_results
 from companion.notebooks import less_wide, refresh_notebooks
 from companion.presets import Job, plan
-from companion.runs import (
-    RECORD,
-    copy_recorded,
-    digest,
-    figures_root,
-    git_state,
-    read_record,
-    write_json,
-)
+from companion.runs import copy_recorded, figures_root, git_state, read_record
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
-from dsvlib._files import file_digest
 
 LARGE = 250_000  # bytes from which a picture is committed less wide: photographs, and those with
 WIDTHS = {"RGB": (800, 600), "P": (1200, 900)}  # a palette, which have letters to read
@@ -61,8 +51,7 @@ def record(
         for job in jobs:
             _check(job)
         for job in jobs:
-            copy_recorded(job.directory, job.recorded)
-            _shrink(job.recorded)
+            copy_recorded(job.directory, job.recorded, _shrink)
         write_wall(figures_root() / preset)
         write_claims(preset)
         write_results(preset)
@@ -86,22 +75,13 @@ def _check(job: Job) -> None:
         )
 
 
-def _shrink(folder: Path) -> None:
-    """Make large pictures of a recorded run smaller, and its digests those of the new files."""
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as picture:
-            still = getattr(picture, "n_frames", 1) == 1
-            widths = WIDTHS.get(picture.mode, (picture.width,))
-            if not still or picture.width <= widths[-1] or path.stat().st_size <= LARGE:
-                continue
-            texts = {k: str(v) for k, v in picture.text.items()}  # type: ignore[attr-defined]
-            full = picture.convert("RGB")
-        path.write_bytes(less_wide(full, widths, LARGE, texts))
-        about = path.with_suffix(".json")
-        sidecar = json.loads(about.read_text(encoding="utf-8"))
-        sidecar["files"][path.name] = file_digest(path)
-        write_json(about, sidecar)
-        record["files"] |= {p.name: file_digest(p) for p in (path, about)}
-    own = {key: value for key, value in record.items() if key != "digest"}
-    write_json(folder / RECORD, own | {"digest": digest(own)})
+def _shrink(path: Path) -> None:
+    """Make a large picture that does not move less wide."""
+    with Image.open(path) as picture:
+        still = getattr(picture, "n_frames", 1) == 1
+        widths = WIDTHS.get(picture.mode, (picture.width,))
+        if not still or picture.width <= widths[-1] or path.stat().st_size <= LARGE:
+            return
+        texts = {k: str(v) for k, v in picture.text.items()}  # type: ignore[attr-defined]
+        full = picture.convert("RGB")
+    path.write_bytes(less_wide(full, widths, LARGE, texts))

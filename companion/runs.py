@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -523,11 +523,13 @@ def _check_types(record: Mapping[str, Any]) -> None:
         _check_name("name", name)
 
 
-def copy_recorded(source: Path, target: Path) -> None:
+def copy_recorded(
+    source: Path, target: Path, shrink: Callable[[Path], object] | None = None
+) -> None:
     """Publish a whole run in `target` as it is committed: pictures, tables and what explains them.
 
-    What is not committed keeps its name and digest under `unpublished`, in the record and in the
-    sidecar of each figure.
+    `shrink` may rewrite a picture. What is not committed keeps its name and digest under
+    `unpublished`, in the record and in the sidecar of each figure.
     """
     record = read_record(source)
     staging = repository_root() / "build" / f".recording-{os.getpid()}"
@@ -536,22 +538,23 @@ def copy_recorded(source: Path, target: Path) -> None:
         staging.mkdir(parents=True)
         try:
             for name in record["files"]:
-                if name.endswith(".json"):
-                    sidecar = json.loads((source / name).read_text(encoding="utf-8"))
-                    write_json(staging / name, _committed(sidecar))
-                elif name.endswith(COMMITTED):
+                if name.endswith(COMMITTED):
                     shutil.copyfile(source / name, staging / name)
-            record = _committed(record)
-            record["files"] = {name: file_digest(staging / name) for name in record["files"]}
+            for picture in sorted(staging.glob("*.png")) if shrink else ():
+                shrink(picture)
+            for about in sorted(staging.glob("*.json")):
+                sidecar = json.loads(about.read_text(encoding="utf-8"))
+                write_json(about, _committed(sidecar, staging))
+            record = _committed(record, staging)
             write_json(staging / RECORD, record | {"digest": digest(record)})
             _publish(staging, target, [staging / name for name in record["files"]])
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _committed(about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record or sidecar whose `files` are those that are committed."""
-    kept = {name: own for name, own in about["files"].items() if name.endswith(COMMITTED)}
+def _committed(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a record or sidecar whose `files` are those that are committed, as in `folder`."""
+    kept = {n: file_digest(folder / n) for n in about["files"] if n.endswith(COMMITTED)}
     rest = {name: own for name, own in about["files"].items() if name not in kept}
     return {**about, "files": kept, "unpublished": about.get("unpublished", {}) | rest}
 

@@ -253,13 +253,17 @@ def test_large_photographs_are_made_smaller_and_the_record_stays_whole(
         run.save_figure(fig, "photos", alt="Sixty squares of noise.", caption="Noise.")
         run.complete()
     monkeypatch.setattr(recording, "LARGE", 200_000)
-    before = (folder / "photos.png").stat().st_size
-    recording._shrink(folder)
-    assert (folder / "photos.png").stat().st_size < before / 2
-    with Image.open(folder / "photos.png") as picture:
+    own = (folder / "photos.png").read_bytes()
+    kept = tmp_path / "recorded" / "quick" / "01_line"
+    copy_recorded(folder, kept, recording._shrink)
+    assert (folder / "photos.png").read_bytes() == own, "the run itself stays as it is"
+    assert (kept / "photos.png").stat().st_size < len(own) / 2
+    with Image.open(kept / "photos.png") as picture:
         assert picture.width in recording.WIDTHS[picture.mode]
         assert picture.text["Description"] == "Sixty squares of noise."  # type: ignore[attr-defined]
-    assert read_record(folder)["files"]["photos.png"] == file_digest(folder / "photos.png")
-    changed = (folder / "photos.png").read_bytes()
-    recording._shrink(folder)  # nothing more to do
-    assert (folder / "photos.png").read_bytes() == changed
+    digest = file_digest(kept / "photos.png")
+    assert read_record(kept)["files"]["photos.png"] == digest
+    assert json.loads((kept / "photos.json").read_text())["files"]["photos.png"] == digest
+    changed = (kept / "photos.png").read_bytes()
+    recording._shrink(kept / "photos.png")  # nothing more to do
+    assert (kept / "photos.png").read_bytes() == changed
