@@ -293,6 +293,8 @@ def stoppable() -> Iterator[None]:
 
 def duration(seconds: float) -> str:
     """Return a time as people say it, such as ``2 min 5 s``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s".replace(".0 s", " s")
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0)

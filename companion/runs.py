@@ -540,8 +540,9 @@ def copy_recorded(
             for name in record["files"]:
                 if name.endswith(COMMITTED):
                     shutil.copyfile(source / name, staging / name)
-            for picture in sorted(staging.glob("*.png")) if shrink else ():
-                shrink(picture)
+            if shrink is not None:
+                for picture in sorted(staging.glob("*.png")):
+                    shrink(picture)
             for about in sorted(staging.glob("*.json")):
                 sidecar = json.loads(about.read_text(encoding="utf-8"))
                 write_json(about, _committed(sidecar, staging))

@@ -36,6 +36,10 @@ from dsvlib.frozen import evaluation_mode, read_logits
 from dsvlib.logits import CrossEntropy, LossFn, cross_entropy
 from dsvlib.support_set import SupportSet, as_targets
 
+# For each pair of samples: K, its eigenvectors and root, and the solver's copies of them, which
+# come after G is let go.
+GRAM_GIGABYTES = 56e-9
+
 
 class FrozenClassifier:
     """Φ(·; θ) and the loss L of its logits. Use it inside `evaluation_mode(model)`.
@@ -428,8 +432,7 @@ class SampleGradients:
     def _panel_and_strip(self, memory: float) -> tuple[int, int]:
         """Return how many rows of G are held, and how many pass by at a time."""
         count, width = len(self), len(self.theta)
-        # K, its eigenvectors and root, and the solver's copies of them come after G is let go
-        needed = 56e-9 * count**2
+        needed = GRAM_GIGABYTES * count**2
         if needed > memory:
             raise ValueError(
                 f"memory: expected at least {needed:.3g} GB for the Gram matrix of {count} "

@@ -20,7 +20,7 @@ from dsvlib.classifiers.foreign import TORCHVISION, Classifier
 from dsvlib.classifiers.training import logits_of
 from dsvlib.data.datasets import Dataset, Split
 from dsvlib.data.downloads import CLASSES, FOLDERS
-from dsvlib.data.folders import _files_of, part_folder
+from dsvlib.data.folders import images_of, part_folder
 
 KNOWN = ("digits", *CLASSES, *FOLDERS)
 MOST_MADE = 300  # DSVs on one page
@@ -122,7 +122,7 @@ def file_names(data: object, loaded: Dataset) -> list[str] | None:
     if isinstance(data, Dataset) or str(data) in KNOWN or not folder.is_dir():
         return None
     where = part_folder(folder, "train")
-    found = [file for name in sorted(loaded.classes) for file in _files_of(where / name)]
+    found = [file for name in sorted(loaded.classes) for file in images_of(where / name)]
     names = [str(file.relative_to(where)) for file in found]
     return names if len(names) == len(loaded.train) else None
 

@@ -30,14 +30,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.{0 if value >= 0.9995 else 1}f}\N{NO-BREAK SPACE}%"
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as people say them."""
-    whole = round(seconds)
-    return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s" if whole < 100 else (
-        f"{whole // 60} min {whole % 60} s"
-    )  # fmt: skip
-
-
 def stationary(fit: Mapping[str, Any], of: str) -> str:
     """Say how nearly θ is a sum over training images, and what that means for the rest."""
     off = fit["stationarity"]

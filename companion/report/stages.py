@@ -19,12 +19,13 @@ from dsvlib.classifiers.foreign import Classifier
 from dsvlib.classifiers.training import logits_of
 from dsvlib.cli import preset_for
 from dsvlib.data.datasets import Split
+from dsvlib.gradients import GRAM_GIGABYTES
 from dsvlib.multipliers import NNLSConfig
 from dsvlib.support_set import SupportSet
 from dsvlib.synthesis import SynthesisConfig
 
 MEMORY = 2.0  # gigabytes for the gradients of training images and their Gram matrix
-MOST_IMAGES = int((MEMORY / 56e-9) ** 0.5)  # what that Gram matrix admits
+MOST_IMAGES = int((MEMORY / GRAM_GIGABYTES) ** 0.5)  # what that Gram matrix admits
 SUSPECTS, EACH, TOP = 20, 6, 5  # images shown: suspicious, right or wrong, of each prediction
 
 

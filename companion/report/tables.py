@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dsvlib
-from companion.report.page import duration
+from companion.execution import duration
 from companion.report.stages import TOP
 from dsvlib.data.datasets import Split
 from dsvlib.explanation import Explanation

@@ -69,7 +69,7 @@ def read_folder(folder: Path, image_size: int | None = None) -> tuple[Part, Part
                 f"both need the same sub-folders"
             )
         files[part] = [
-            (file, k) for k, name in enumerate(names) for file in _files_of(where / name)
+            (file, k) for k, name in enumerate(names) for file in images_of(where / name)
         ]
     arrays = {part: [_read(file) for file, _ in listed] for part, listed in files.items()}
     grey = all(array.ndim == 2 for part in arrays.values() for array in part)
@@ -85,7 +85,8 @@ def _counts(path: Path) -> bool:
     return not hidden and path.suffix.lower() not in TEXTS
 
 
-def _files_of(folder: Path) -> list[Path]:
+def images_of(folder: Path) -> list[Path]:
+    """Return the image files of a class folder, sorted; raises ValueError for what is none."""
     files = sorted(path for path in folder.iterdir() if _counts(path))
     if not files:
         raise ValueError(
