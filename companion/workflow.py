@@ -98,12 +98,16 @@ def run_job(job: Job, **options: Any) -> str:
     Options and result are those of `companion.execution.run_notebook`.
     """
     forget([job], force=True)
+    echo = options.get("echo") or print
     target = done(job)  # before it starts: code that is changed meanwhile has another name
-    (options.get("echo") or print)(f"{job.name} · expected {expected(job)}")
+    echo(f"{job.name} · expected {expected(job)}")
     reason = execution.run_notebook(job, **options)
     if not reason:
         with atomic_path(target) as temporary:
             temporary.write_text(read_record(job.directory)["finished"] + "\n", encoding="utf-8")
+        figures = sorted(job.directory.glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+        for first in figures[:1]:
+            echo(f"{job.name} · its first figure: {os.path.relpath(first, repository_root())}")
     return reason
 
 
@@ -195,8 +199,10 @@ def schedule(
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile)]
     command += ["--directory", str(root), "--configfile", str(config), "--nolock"]
     command += ["--cores", str(cores), "--rerun-incomplete", "--keep-going"]
+    targets = [os.path.relpath(done(job), root) for job in jobs]
+    command += ["--prioritize", targets[0]]  # the quickstart: something to look at meanwhile
     command += ["--quiet", "host", "progress", "reason", "rules", "--"]  # "all" hides its errors
-    command += [os.path.relpath(done(job), root) for job in jobs]
+    command += targets
     env = (
         os.environ
         | usable_home()
