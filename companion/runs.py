@@ -306,16 +306,28 @@ class Run:
         return SavedFigure(name, alt, png, round(pixels * 96 / DPI))
 
     def save_animation(
-        self, frames: Sequence[np.ndarray], name: str, *, alt: str, caption: str | None = None
+        self,
+        frames: Mapping[str, np.ndarray],
+        name: str,
+        *,
+        alt: str,
+        caption: str | None = None,
     ) -> SavedFigure:
-        """Stage pictures [H, W, 3] in [0, 1] as one animated PNG with a sidecar; return it."""
+        """Stage pictures [H, W, 3] in [0, 1] as one animated PNG with a sidecar; return it.
+
+        `frames` are in their order, each under what it shows, such as ``"step 20"``: the site lets
+        readers move through them.
+        """
         from companion.figures import write_animation
 
         self._check_open(name)
         with explain("write", self.directory / name):
-            path = write_animation(frames, self.staging / f"{name}.png", alt=alt)
-            self._write_sidecar("animation", name, [path], alt=alt, caption=caption)
-        return SavedFigure(name, alt, path.read_bytes(), frames[0].shape[1])
+            path = write_animation(list(frames.values()), self.staging / f"{name}.png", alt=alt)
+            self._write_sidecar(
+                "animation", name, [path], alt=alt, caption=caption, frames=list(frames)
+            )
+        width = next(iter(frames.values())).shape[1]
+        return SavedFigure(name, alt, path.read_bytes(), width)
 
     def save_table(
         self, frame: pd.DataFrame, name: str, *, caption: str | None = None
@@ -459,8 +471,9 @@ class Run:
         *,
         alt: str | None = None,
         caption: str | None = None,
+        **more: object,
     ) -> None:
-        about = {"kind": kind, "name": name, "caption": caption or "", "alt": alt or ""}
+        about = {"kind": kind, "name": name, "caption": caption or "", "alt": alt or "", **more}
         hashes = {path.name: file_digest(path) for path in written}
         write_json(self.staging / f"{name}.json", about | self._facts() | {"files": hashes})
 
