@@ -34,6 +34,8 @@ EXPECTED = [
         "claims",
         "blind-test",
         "exercises",
+        "glossary",
+        "wall/quick",
         "search",
         "genindex",
         "api/index",
@@ -42,7 +44,15 @@ EXPECTED = [
     *(f"notebooks/{name}" for name in NOTEBOOKS),
 ]
 # one page of each kind, for what would take long on all of them
-KINDS = ["index", "claims", "exercises", "api/conditions", f"notebooks/{NOTEBOOKS[0]}"]
+KINDS = [
+    "index",
+    "claims",
+    "exercises",
+    "glossary",
+    "wall/quick",
+    "api/conditions",
+    f"notebooks/{NOTEBOOKS[0]}",
+]
 PHONE, DESK = {"width": 375, "height": 740}, {"width": 1366, "height": 900}
 
 
@@ -231,6 +241,71 @@ def test_search_finds_stationarity(open_page: Any) -> None:
     assert any("notebooks/" in hit for hit in hits), hits
 
 
+def test_search_finds_a_word_of_the_glossary_first(open_page: Any) -> None:
+    page = open_page("search?q=judge")
+    page.wait_for_function(
+        "document.querySelector('.search-summary')?.textContent.includes('finished')"
+    )
+    first = page.eval_on_selector("#search-results li > a", "link => link.href")
+    assert first.endswith("glossary.html#term-judge")
+
+
+def test_a_word_of_the_glossary_says_what_it_is_where_it_is_first_used(
+    open_page: Any, address: str
+) -> None:
+    page = open_page("notebooks/01_from_svm_to_deepkkt")
+    links = page.query_selector_all("a.term")
+    texts = [link.text_content().lower().removesuffix("s") for link in links]
+    assert "stationarity" in texts
+    assert len(texts) == len(set(texts)), "once a page"
+    assert all(link.get_attribute("title") for link in links)
+    page.goto(links[0].evaluate("link => link.href"))
+    assert page.query_selector(":target") is not None
+
+
+@pytest.mark.parametrize("name", all_pages())
+def test_a_page_weighs_little(browser: Any, address: str, name: str) -> None:
+    """What a page asks for before a reader scrolls, but for MathJax, which is fetched once."""
+    page = browser.new_page(viewport=DESK)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(urlsplit(request.url).path.lstrip("/")))
+    page.goto(f"{address}/{name}.html", wait_until="networkidle")
+    page.close()
+    files = {HTML / path for path in asked if "mathjax" not in path}
+    weight = sum(path.stat().st_size for path in files if path.is_file())
+    assert weight < 1_500_000, f"{weight / 1e6:.1f} MB"
+
+
+def test_home_is_short(open_page: Any) -> None:
+    page = open_page("index")
+    height = page.evaluate("document.documentElement.scrollHeight")
+    assert height < 3 * DESK["height"]
+
+
+def test_a_picture_opens_large_and_closes_by_escape(open_page: Any) -> None:
+    page = open_page("wall/quick", viewport=PHONE)
+    page.click(".card a.picture")
+    assert page.evaluate("document.querySelector('.lightbox').open") is True
+    assert page.eval_on_selector(".lightbox img", "image => image.alt") != ""
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.querySelector('.lightbox').open") is False
+
+
+def test_an_animation_is_moved_through_by_keyboard(open_page: Any) -> None:
+    page = open_page("index")
+    page.focus(".scrubber input")
+    shown = "document.querySelector('.scrubber img').src"
+    said = "document.querySelector('.scrubber output').textContent"
+    last = page.evaluate(shown), page.evaluate(said)
+    page.keyboard.press("ArrowLeft")
+    before = page.evaluate(shown), page.evaluate(said)
+    assert before[0] != last[0]
+    assert before[1] != last[1]
+    page.wait_for_function("document.querySelector('.scrubber img').naturalWidth > 0")
+    page.keyboard.press("End")
+    assert (page.evaluate(shown), page.evaluate(said)) == last
+
+
 @pytest.mark.parametrize(
     ("name", "panel"),
     [
@@ -257,7 +332,7 @@ def test_panels_are_reached_by_tab(open_page: Any) -> None:
 
 
 def test_why_panel_tells_all_and_its_files_are_there(open_page: Any, address: str) -> None:
-    page = open_page("index")
+    page = open_page("wall/quick")
     panels = page.query_selector_all("details.why")
     assert len(panels) == len(page.query_selector_all(".card")) > 0
     for panel in panels:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from checkout import make_checkout, small_blind_test, whole_run, write_presets
@@ -18,6 +19,7 @@ from docutils.core import publish_doctree
 from docutils.utils import SystemMessage
 from jinja2 import UndefinedError
 from matplotlib.figure import Figure
+from PIL import Image
 
 import dsvlib
 from companion import cli
@@ -26,7 +28,7 @@ from companion.ledger.claims import Verdict, blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
 from companion.presets import read_presets
 from companion.runs import Run, figures_root, read_record
-from companion.site import build, content
+from companion.site import build, content, pictures
 from companion.site.render import fragment, render
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import PACKAGE
@@ -67,7 +69,7 @@ def publish_blind_test(notebook: str = "02_blind", preset: str = "cifar10", seed
 class Tags(HTMLParser):
     """Collect tags with their attributes; fail where they do not nest."""
 
-    VOID = ("img", "br", "meta", "link")
+    VOID = ("img", "br", "meta", "link", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -226,7 +228,9 @@ def example() -> dict[str, Any]:
 
 
 def test_notebook_page_folds_solutions_and_keeps_findings() -> None:
-    cells = content.notebook_page(example(), "01_line", origin="<b>quick</b>")["cells"]
+    cells = content.notebook_page(example(), "01_line", origin="<b>quick</b>", preset="quick")[
+        "cells"
+    ]
     assert cells[0]["source"].startswith('# 01 · Lines\n\n<p class="origin"><b>quick</b> · ')
     assert cells[0]["source"].endswith("\n\nText.")
     assert cells[1]["metadata"]["mystnb"]["image"] == {"alt": "A line that rises"}
@@ -234,6 +238,10 @@ def test_notebook_page_folds_solutions_and_keeps_findings() -> None:
     assert "hide-input" in cells[5]["metadata"]["tags"]
     assert cells[5]["metadata"]["mystnb"]["code_prompt_show"] == "Solution"
     assert "hide-input" not in cells[4]["metadata"]["tags"]
+    assert "hide-input" not in cells[1]["metadata"]["tags"], "what teaches is open"
+    machinery = {"cells": [cell("code", 'run.save_table(frame, "x")'), cell("code", "import os")]}
+    made = content.notebook_page(machinery, "01_line", origin="", preset="quick")["cells"]
+    assert ["hide-input" in c["metadata"]["tags"] for c in made] == [True, True]
 
 
 def test_exercises_are_found_in_both_ways_of_writing_them() -> None:
@@ -375,14 +383,17 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
     assert (html / "index.html").read_text() == "new"
     assert said[-1].startswith("1 pages in ")
     pages_made = {"index.md", "claims.md", "blind-test.md", "exercises.md", "api/index.rst"}
+    pages_made |= {"glossary.md", "wall/quick.md"}
     assert pages_made | {"notebooks/01_line.ipynb"} <= set(built)
     assert "wall/smoke.md" not in built, "a smoke run is no result"
     assert {
         "extra/figures/quick/01_line/line_one.png",
         "extra/notebooks/01_line.ipynb",
     } <= set(built)
-    for name in ("01_line", "02_more"):  # the first is on top, and not on the wall once more
-        assert built["index.md"].count(f'src="figures/quick/{name}/line_one.png"') == 1
+    for name in ("01_line", "02_more"):
+        shown = rf'src="\.\./(small/)?figures/quick/{name}/line_one\.(png|webp)"'
+        assert len(re.findall(shown, built["wall/quick.md"])) == 1
+    assert built["index.md"].count('src="figures/quick/') == 1  # the first is on top
     assert built["index.md"].index("01_line/line_one.png") < built["index.md"].index("What holds")
     assert "notebooks/01_line" in built["index.md"]
     assert "badge-quick" in built["notebooks/01_line.ipynb"]
@@ -428,10 +439,10 @@ def test_other_scales_get_a_wall_and_a_ledger(checkout: Path, built: dict[str, s
     write_presets(checkout, cifar10={})
     build.build_site("quick", echo=lambda _: None)
     page = built["wall/cifar10.md"]
-    assert 'src="../figures/cifar10/01_line/line_one.png"' in page
+    assert re.search(r'src="\.\./(small/)?figures/cifar10/01_line/line_one\.', page)
     assert 'href="../notebooks/01_line.html"' in page
     assert "k-1" in page
-    assert "Figures: cifar10 <wall/cifar10>" in built["index.md"]
+    assert "Figures: CIFAR-10 · reduced <wall/cifar10>" in built["index.md"]
 
 
 def test_broken_run_is_said_and_the_others_are_shown(checkout: Path, built: dict[str, str]) -> None:
@@ -441,8 +452,41 @@ def test_broken_run_is_said_and_the_others_are_shown(checkout: Path, built: dict
     build.build_site("quick", echo=said.append)
     assert "02_other" in said[0]
     assert "line_one.png is missing" in said[0]
-    assert "No complete run" in built["index.md"]
+    assert "No complete run" in built["wall/quick.md"]
     assert "extra/figures/quick/02_other/line_one.csv" not in built
+
+
+def test_a_small_copy_is_smaller_or_not_there(checkout: Path, tmp_path: Path) -> None:
+    publish()
+    ((figure,),) = (run.figures for run in read_quick())
+    noise = np.random.default_rng(0).integers(0, 255, (2, 90, 2000, 3), dtype=np.uint8)
+    first, second = map(Image.fromarray, noise)
+    original = tmp_path / "line_one.png"
+    first.save(original)
+    address = pictures.small(figure, original, tmp_path)
+    assert (tmp_path / address).stat().st_size < original.stat().st_size
+    with Image.open(tmp_path / address) as picture:
+        assert picture.width == pictures.WIDTH
+    first.save(original, save_all=True, append_images=[second])  # it moves: shown as it is
+    assert pictures.small(figure, original, tmp_path) == figure.picture
+
+
+def test_an_animation_becomes_a_picture_to_move_through(
+    checkout: Path, built: dict[str, str]
+) -> None:
+    with whole_run(figures_root() / "quick" / "01_line"):
+        run = Run.start("01_line", preset="quick", seed=3)
+    shots = {f"step {n}": np.full((8, 16, 3), n / 4) for n in range(4)}
+    run.save_animation(shots, "film", alt="A field grows bright.", caption="Four steps.")
+    run.complete()
+    build.build_site("quick", echo=lambda _: None)
+    page = built["index.md"]
+    tags = Tags(page[page.index('<figure class="scrubber">') : page.index("## What holds")])
+    (slider,) = tags.all("input")
+    assert json.loads(slider["data-words"] or "") == list(shots)
+    addresses = (slider["data-frames"] or "").split()
+    assert [f"extra/{address}" in built for address in addresses] == [True] * 4
+    assert tags.all("img")[0]["src"] == addresses[-1]
 
 
 # --- the blind test ------------------------------------------------------------------------------

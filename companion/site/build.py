@@ -12,17 +12,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from companion.blind_test import NAME, BlindTest
 from companion.ledger.claims import blind_test_folder, claim_rows
-from companion.ledger.figure_wall import read_runs
+from companion.ledger.figure_wall import PublishedRun, read_runs
 from companion.notebooks import normalise, repository_code
 from companion.presets import notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
-from companion.site import content
+from companion.site import content, pictures
 from companion.site.render import render
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError, explain
@@ -82,7 +82,7 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
     titles = {name: content.notebook_title(notebook, name) for name, notebook in read.items()}
     _write(source / "exercises.md", content.exercises_page(read, titles))
     for name, notebook in read.items():
-        page = content.notebook_page(notebook, name, origin=origins[name])
+        page = content.notebook_page(notebook, name, origin=origins[name], preset=preset)
         _write(source / "notebooks" / f"{name}.ipynb", json.dumps(page, ensure_ascii=False))
         committed = repository_root() / "notebooks" / f"{name}.ipynb"
         (extra / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -94,29 +94,35 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
 
 
 def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str]) -> None:
-    others = []
+    walls: list[tuple[str, str]] = []
+    own: list[PublishedRun] = []
+    scrubbers: Sequence[str] = ()
     for name in read_presets():
         runs = read_runs(figures_root() / name, f"figures/{name}/")
         # a smoke run is no result: it is shown only where it was asked for by name
         if all(run.problem for run in runs) or (name == "smoke" and preset != "smoke"):
             continue
+        small, moving = {}, []
         for entry in (entry for run in runs for entry in run.figures):
             for file, _ in (*entry.links, (Path(entry.picture).name, "")):
                 target = extra / entry.folder / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(figures_root() / name / target.parent.name / file, target)
-        if name == preset:
-            own = runs
-            continue
-        others.append(name)
+            original = extra / entry.picture
+            small[entry.picture] = pictures.small(entry, original, extra)
+            if shots := pictures.frames(entry, original, extra):
+                moving.append(content.scrubber(entry, shots))
         page = render(
             "scale.md",
             badge=BADGES.get(name, name),
             preset=name,
-            wall=content.wall(runs, titles, up="../"),
-            ledger=content.ledger(claim_rows(name), titles, up="../"),
+            wall=content.wall(runs, titles, up="../", small=small),
+            ledger=None if name == preset else content.ledger(claim_rows(name), titles, up="../"),
         )
         _write(source / "wall" / f"{name}.md", page)
+        walls.append((name, BADGES.get(name, name)))
+        if name == preset:
+            own, scrubbers = runs, moving
     claims = claim_rows(preset)
     # the picture for the top of the site: what people come for, else the first notebook's first
     figures = [entry for run in own for entry in run.figures]
@@ -125,12 +131,14 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
     page = render(
         "index.md",
         hero=hero and content.card(hero),
+        scrubbers=scrubbers,
         verdicts=content.verdict_summary(claims),
-        wall=content.wall(own, titles, shown=hero),
-        others=others,
+        walls=walls,
         notebooks=list(titles),
     )
     _write(source / "index.md", page)
+    _write(source / "glossary.md", render("glossary.md", words=content.glossary()))
+    _write(extra / "glossary.js", content.glossary_script())
     _write(source / "claims.md", render("claims.md", ledger=content.ledger(claims, titles)))
 
 

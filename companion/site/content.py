@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from markupsafe import Markup
 
 import dsvlib
@@ -45,6 +46,9 @@ VERDICTS = {
     "not reproduced": ("no", "✗"),
     "not attempted": ("none", "○"),
 }
+GLOSSARY = Path(__file__).with_name("glossary.yml")
+# Cells that fetch, draw or record teach little: a page folds them.
+MACHINERY = re.compile(r"^(?:import|from) |\brun\.(?:save_|record)|\bfig\b", re.MULTILINE)
 EXERCISE = re.compile(r"^(?:#+ |\*\*)(Exercise \d+.*?)(?:\*\*|$)", re.MULTILINE)
 
 
@@ -58,18 +62,33 @@ def wall(
     titles: Mapping[str, str],
     *,
     up: str = "",
-    shown: Entry | None = None,
+    small: Mapping[str, str] | None = None,
 ) -> Markup:
-    """Return all figures as HTML, notebook by notebook, but for one `shown` already.
+    """Return all figures as HTML, notebook by notebook; `small` has the addresses of small copies.
 
     `up` leads from the page to the site's root.
     """
-    return fragment("wall.html", "wall", runs, titles, up, shown)
+    return fragment("wall.html", "wall", runs, titles, up, small or {})
 
 
 def card(entry: Entry) -> Markup:
     """Return one figure as HTML, with its finding, caption, badge and panel."""
     return fragment("wall.html", "card", entry)
+
+
+def scrubber(entry: Entry, frames: Sequence[tuple[str, str]]) -> Markup:
+    """Return an animation as a picture that a reader moves through, frame by frame."""
+    return fragment("wall.html", "scrubber", entry, frames)
+
+
+def glossary() -> dict[str, str]:
+    """Return the words of the glossary with what they mean."""
+    return dict(yaml.safe_load(GLOSSARY.read_text(encoding="utf-8")))
+
+
+def glossary_script() -> str:
+    """Return the glossary as a script, which lays hints over words in the text."""
+    return f"globalThis.glossary = {json.dumps(glossary(), ensure_ascii=False)};\n"
 
 
 def verdict_summary(claims: Sequence[ClaimRow]) -> Markup:
@@ -124,10 +143,13 @@ def notebook_title(notebook: Mapping[str, Any], name: str) -> str:
     return found[1].strip() if found else name
 
 
-def notebook_page(notebook: dict[str, Any], name: str, *, origin: str) -> dict[str, Any]:
-    """Return a notebook as a page: solutions folded, pictures with alt text, its scale on top.
+def notebook_page(
+    notebook: dict[str, Any], name: str, *, origin: str, preset: str
+) -> dict[str, Any]:
+    """Return a notebook as a page: what does not teach folded, pictures with alt text, its scale.
 
-    `origin` is HTML that says where the outputs come from. The input is changed and returned.
+    `origin` is HTML that says where the outputs come from, `preset` has its figures on a wall. The
+    input is changed and returned.
     """
     cells = notebook["cells"]
     for cell in cells:
@@ -137,6 +159,9 @@ def notebook_page(notebook: dict[str, Any], name: str, *, origin: str) -> dict[s
         for tag in {"solution", "test"} & set(tags):
             tags.append("hide-input")
             options = {f"code_prompt_{state}": tag.capitalize() for state in ("show", "hide")}
+        teaches = {"exercise", "parameters", "hide-input"} & set(tags)
+        if cell["cell_type"] == "code" and not teaches and MACHINERY.search(cell["source"]):
+            tags.append("hide-input")
         for output in cell.get("outputs", []):
             if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
                 options["image"] = {"alt": " ".join(alt.split())}
@@ -148,7 +173,7 @@ def notebook_page(notebook: dict[str, Any], name: str, *, origin: str) -> dict[s
             metadata["mystnb"] = options
     if cells and cells[0]["cell_type"] == "markdown":
         title, _, rest = cells[0]["source"].partition("\n")
-        line = fragment("wall.html", "origin", Markup(origin), name)
+        line = fragment("wall.html", "origin", Markup(origin), name, preset)
         cells[0]["source"] = f"{title}\n\n{line}\n\n{rest.lstrip()}"
     return notebook
 
