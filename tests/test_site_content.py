@@ -481,7 +481,8 @@ def test_an_animation_becomes_a_picture_to_move_through(
     run.complete()
     build.build_site("quick", echo=lambda _: None)
     page = built["index.md"]
-    tags = Tags(page[page.index('<figure class="scrubber">') : page.index("## What holds")])
+    start = page.index('<figure class="scrubber">')
+    tags = Tags(page[start : page.index("</figure>", start) + len("</figure>")])
     (slider,) = tags.all("input")
     assert json.loads(slider["data-words"] or "") == list(shots)
     addresses = (slider["data-frames"] or "").split()
