@@ -316,7 +316,7 @@ class Run:
         """Stage pictures [H, W, 3] in [0, 1] as one animated PNG with a sidecar; return it.
 
         `frames` are in their order, each under what it shows, such as ``"step 20"``: the site lets
-        readers move through them.
+        readers move through them. Small pictures are shown at 640 pixels, and need not be enlarged.
         """
         from companion.figures import write_animation
 
@@ -327,7 +327,7 @@ class Run:
                 "animation", name, [path], alt=alt, caption=caption, frames=list(frames)
             )
         width = next(iter(frames.values())).shape[1]
-        return SavedFigure(name, alt, path.read_bytes(), width)
+        return SavedFigure(name, alt, path.read_bytes(), max(width, 640))
 
     def save_table(
         self, frame: pd.DataFrame, name: str, *, caption: str | None = None
