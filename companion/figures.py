@@ -452,6 +452,85 @@ def bar_with_error(
     return fig
 
 
+@_styled
+def dots_with_error(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str,
+    *,
+    panel: str | None = None,
+    reference: Mapping[str, float] | None = None,
+    x_label: str | None = None,
+    y_label: str | None = None,
+    size: tuple[float, float] = (7, 4.2),
+) -> Figure:
+    """Draw one marker of `y` per `x` and `hue`, side by side, with its standard deviation.
+
+    Deviation and references as in `curve`; categories keep the order of the frame. Each value of
+    the column `panel` has a panel of its own, below the one before.
+    """
+    _check_columns(frame, x, y, hue, panel)
+    order, names = (list(dict.fromkeys(frame[column])) for column in (x, hue))
+    parts = _groups(frame, panel)
+    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = fig.subplots(len(parts), squeeze=False)[:, 0]
+    for axes, (title, part) in zip(panels, parts, strict=True):
+        for i, name in enumerate(names):
+            points = _summary(part[part[hue] == name], x, y).set_index(x).reindex(order)
+            at = np.arange(len(order)) + 0.8 * ((i + 0.5) / len(names) - 0.5)
+            spread = points["spread"].where(points["spread"] > 0)
+            axes.errorbar(at, points["mean"], spread, fmt=MARKERS[i], color=COLORS[i],
+                          markersize=8, capsize=3, label=_plain(name))  # fmt: skip
+        axes.set_xticks(range(len(order)), [_plain(name) for name in order], size=10)
+        axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(0, None))
+        axes.grid(visible=False, axis="x")
+        for edge in range(1, len(order)):
+            axes.axvline(edge - 0.5, color=FAINT, lw=0.8, zorder=0)
+        _finish(axes, reference, title, x_label or "", y_label or y, legend=None)
+    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
+@_styled
+def intervals(
+    frame: pd.DataFrame,
+    label: str,
+    *,
+    hue: str | None = None,
+    panel: str | None = None,
+    x_label: str = "difference",
+    size: tuple[float, float] = (7, 4.2),
+) -> Figure:
+    """Draw each row's ``gain`` with its interval from ``low`` to ``high``, from top to bottom.
+
+    Each value of the column `panel` has a panel of its own, beside the one before. Where an
+    interval is far wider than all gains, its ends are cut off; NaN is no interval.
+    """
+    _check_columns(frame, label, "gain", "low", "high", hue, panel)
+    names = [name for name, _ in _groups(frame, hue)]
+    parts = _groups(frame, panel)
+    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = fig.subplots(1, len(parts), squeeze=False)[0]
+    for axes, (title, part) in zip(panels, parts, strict=True):
+        part = part.reset_index(drop=True)
+        for i, name in enumerate(names):
+            rows = part if hue is None else part[part[hue].astype(str) == name]
+            ends = [rows["gain"] - rows["low"], rows["high"] - rows["gain"]]
+            axes.errorbar(rows["gain"], rows.index, xerr=ends, fmt=MARKERS[i], color=COLORS[i],
+                          markersize=7, capsize=3, label=_plain(name))  # fmt: skip
+        axes.axvline(0, color=INK, lw=1.2)
+        axes.set_yticks(part.index, [_plain(text) for text in part[label]], size=10)
+        most = 2 * float(part["gain"].abs().max()) + 1
+        left, right = min(part["low"].min(), 0), max(part["high"].max(), 0)
+        axes.set_xlim(max(1.1 * left, -most), min(1.1 * right, most))
+        axes.set_ylim(len(part) - 0.5, -0.5)
+        _finish(axes, None, title, x_label, "", legend=None)
+    if hue:
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
 def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     # A Figure apart from pyplot: no global state, nothing to close, no second display.
     fig = Figure(figsize=size, dpi=DPI, layout="constrained")

@@ -26,6 +26,16 @@ FRAME = pd.DataFrame(
         "sd": [0.1] * 12,
     }
 )
+GAINS = pd.DataFrame(
+    {
+        "rival": ["a", "b", "c", "d"],
+        "size": [1, 1, 10, 10],
+        "gain": [2.0, -1.0, 0.0, 1.0],
+        "low": [1.0, -2.0, np.nan, -500.0],
+        "high": [3.0, 0.5, np.nan, 502.0],
+        "finding": ["better", "open", "open", "open"],
+    }
+)
 IMAGES = np.linspace(0, 1, 4 * 3 * 5 * 5).reshape(4, 3, 5, 5)
 
 DRAWINGS: dict[str, Callable[[], Figure]] = {
@@ -35,6 +45,8 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "grey": lambda: figures.image_grid(IMAGES[:, :1], row_labels=["x"], column_labels=list("abcd")),
     "curve": lambda: figures.curve(FRAME, "step", "loss", "method", reference={"chance": 0.5}),
     "bar": lambda: figures.bar_with_error(FRAME, "step", "loss", "method", title="T"),
+    "dots": lambda: figures.dots_with_error(FRAME, "step", "loss", "method", panel="sd"),
+    "intervals": lambda: figures.intervals(GAINS, "rival", hue="finding", panel="size"),
 }
 
 
@@ -165,6 +177,27 @@ def test_curve_bands_are_the_deviation_over_repetitions() -> None:
     summary = figures._summary(frame, "x", "y")
     assert summary["mean"].tolist() == [2.0, 2.0]
     assert summary["spread"].tolist() == pytest.approx([2**0.5, 0.0])
+
+
+def test_dots_stand_side_by_side_with_their_deviation() -> None:
+    fig = figures.dots_with_error(FRAME, "step", "loss", "method", reference={"chance": 0.5})
+    (axes,) = fig.axes
+    dots = [line for line in axes.lines if line.get_marker() in figures.MARKERS[:2]]
+    first, second = (np.asarray(line.get_xdata(), float) for line in dots)
+    assert np.allclose(second - first, 0.4)
+    means = FRAME.groupby(["method", "step"])["loss"].mean()
+    assert np.allclose(dots[0].get_ydata(), means["full"])
+    assert len(figures.dots_with_error(FRAME, "step", "loss", "method", panel="method").axes) == 2
+
+
+def test_intervals_keep_their_order_and_the_widest_are_cut_off() -> None:
+    fig = DRAWINGS["intervals"]()
+    small, wide = fig.axes
+    assert [text.get_text() for text in small.get_yticklabels()] == ["a", "b"]
+    assert small.get_ylim() == (1.5, -0.5)
+    assert small.get_xlim()[1] >= 3
+    assert wide.get_xlim() == (-3, 3)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["better", "open"]
 
 
 def test_colours_stand_out_from_white() -> None:

@@ -1,0 +1,85 @@
+"""An experiment at many seeds: what the notebooks that compare sets of images have in common.
+
+A seed decides everything that a trial draws, so that trials can run in any order and side by side.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from joblib import Parallel, delayed
+from torch import nn
+
+from companion.recipes import RECIPES, classifier
+from dsvlib.classifiers.architectures import build_model
+from dsvlib.classifiers.training import Labelled, train
+from dsvlib.data.datasets import Dataset, Split
+from dsvlib.support_set import SupportSet
+
+Job = TypeVar("Job", bound=Hashable)
+
+
+def seeded(number: int) -> torch.Generator:
+    """Return a generator at that seed."""
+    return torch.Generator().manual_seed(number)
+
+
+def as_set(part: Labelled, data: Dataset) -> SupportSet:
+    """Return real images as a set of `data`, each with λ = 1."""
+    ones = torch.ones(len(part.labels), device=part.inputs.device)
+    return SupportSet(part.inputs, part.labels, ones).describe(data)
+
+
+def classifiers(
+    name: str,
+    data: Dataset,
+    *,
+    seed: int,
+    part: Split | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, nn.Module]:
+    """Return a classifier, and an untrained one of the same architecture, in evaluation mode.
+
+    The first is the shipped one of that name, or where `name` is empty one that is trained here, by
+    a shipped one's recipe, on `part` (default: all training images).
+    """
+    shape_of: dict[str, Any] = {"num_classes": len(data.classes), "shape": data.shape}
+    if name:
+        model, _ = classifier(name, data)
+        model = model.to(device)
+    else:
+        recipe = RECIPES["digits-convnet" if data.name == "digits" else "cifar10-ordinary"]
+        torch.manual_seed(seed)
+        model = build_model(recipe.architecture, **recipe.options, **shape_of).to(device)
+        train(model, part or data.train, config=recipe.training, generator=seeded(seed))
+    torch.manual_seed(seed + 1)
+    spec: Any = model.spec
+    untrained = build_model(spec.name, **spec.options, **shape_of).to(device)
+    return model.eval(), untrained.eval()
+
+
+def side_by_side(
+    task: Callable[..., Any], jobs: Mapping[Job, Iterable[Any]] | Iterable[Job], workers: int = 1
+) -> tuple[dict[Job, Any], dict[Job, float]]:
+    """Return what `task` gives for each job, and the seconds it took, both by job.
+
+    `jobs` holds the task's arguments by job, or lists jobs that are tuples of arguments themselves.
+    More than one of `workers` are processes of one thread each: small networks leave a core mostly
+    waiting for Python.
+    """
+    arguments: Mapping[Any, Any] = jobs if isinstance(jobs, Mapping) else {job: job for job in jobs}
+    crew = Parallel(workers, batch_size=1)
+    done = crew(delayed(_timed)(task, tuple(own), workers > 1) for own in arguments.values())
+    pairs = dict(zip(arguments, done, strict=True))
+    found = {job: result for job, (result, _) in pairs.items()}
+    return found, {job: seconds for job, (_, seconds) in pairs.items()}
+
+
+def _timed(task: Callable[..., Any], arguments: tuple[Any, ...], alone: bool) -> tuple[Any, float]:
+    if alone:
+        torch.set_num_threads(1)
+    began = time.perf_counter()
+    return task(*arguments), time.perf_counter() - began

@@ -1,0 +1,51 @@
+"""Trials: the same whether one after the other or side by side, and classifiers of one kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsvlib
+from companion import recipes
+from companion.trials import as_set, classifiers, seeded, side_by_side
+
+
+def drawn(number: int, scale: float) -> float:
+    return scale * float(torch.rand((), generator=seeded(number)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_job_s_result_depends_on_its_seed_alone(workers: int) -> None:
+    jobs = [(number, 2.0) for number in range(3)]
+    found, seconds = side_by_side(drawn, jobs, workers)
+    assert found == {job: drawn(*job) for job in jobs}
+    assert set(seconds) == set(jobs)
+    assert min(seconds.values()) >= 0
+    named, _ = side_by_side(drawn, {"one": (1, 3.0)}, workers)
+    assert named == {"one": drawn(1, 3.0)}
+
+
+def test_real_images_as_a_set() -> None:
+    data = dsvlib.load_dataset("digits", limit=20)
+    samples = as_set(data.test, data)
+    assert torch.equal(samples.inputs, data.test.inputs)
+    assert samples.multipliers.tolist() == [1.0] * len(data.test)
+    assert list(samples.classes or ()) == list(data.classes)
+
+
+def test_the_classifier_is_the_shipped_one_or_one_that_is_trained_on_a_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = dsvlib.load_dataset("digits", limit=60)
+    shipped, untrained = classifiers("digits-convnet", data, seed=0)
+    assert dsvlib.accuracy(shipped, data.test) > 0.9 > dsvlib.accuracy(untrained, data.test)
+    recipe = recipes.RECIPES["digits-convnet"]
+    brief = dsvlib.TrainConfig(epochs=1)
+    changed = recipe.__class__(**{**vars(recipe), "training": brief})
+    monkeypatch.setitem(recipes.RECIPES, "digits-convnet", changed)
+    own, _ = classifiers("", data, seed=0, part=data.train[:30])
+    again, _ = classifiers("", data, seed=0, part=data.train[:30])
+    other, _ = classifiers("", data, seed=0)
+    outputs = [network(data.test.inputs) for network in (own, again, other)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
