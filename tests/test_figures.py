@@ -35,6 +35,26 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "grey": lambda: figures.image_grid(IMAGES[:, :1], row_labels=["x"], column_labels=list("abcd")),
     "curve": lambda: figures.curve(FRAME, "step", "loss", "method", reference={"chance": 0.5}),
     "bar": lambda: figures.bar_with_error(FRAME, "step", "loss", "method", title="T"),
+    "panels": lambda: figures.curve(
+        FRAME[:3].assign(low=0, high=1, of="a $"),
+        "step",
+        "loss",
+        "of",
+        panel="of",
+        band=("low", "high"),
+    ),
+    "scatter": lambda: figures.scatter(
+        FRAME.assign(said=FRAME["method"]),
+        "step",
+        "loss",
+        "method",
+        names="said",
+        interval=("loss", "loss"),
+        lines=(1, 0.5),
+    ),
+    "intervals": lambda: figures.intervals(
+        FRAME.assign(low=0, high=1), "step", "loss", ("low", "high"), panel="method", apart=[2]
+    ),
 }
 
 

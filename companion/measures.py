@@ -1,0 +1,80 @@
+"""What several notebooks need around an experiment: draws, processes side by side, and measures.
+
+Shapes: images [n, C, H, W], class probabilities [n, K], one measure per image [n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from joblib import Parallel, delayed
+from scipy import stats
+from torch import Tensor, nn
+
+from dsvlib.classifiers.training import logits_of
+
+
+def seeded(number: int) -> torch.Generator:
+    """Return a source of random numbers; the same number, the same draws."""
+    return torch.Generator().manual_seed(number)
+
+
+def side_by_side(
+    task: Callable[..., Any], jobs: Iterable[Sequence[Any]], workers: int
+) -> list[Any]:
+    """Return ``task(*job)`` of every job, in order, from `workers` processes of one thread each."""
+
+    def alone(*job: Any) -> Any:
+        if workers > 1:
+            torch.set_num_threads(1)
+        return task(*job)
+
+    return list(Parallel(workers, batch_size=1)(delayed(alone)(*job) for job in jobs))
+
+
+def probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    """Return class probabilities [n, K] in double precision, on the CPU."""
+    return logits_of(model, images).double().softmax(dim=1).cpu()
+
+
+def read_as(
+    cases: Iterable[tuple[Any, Tensor]], models: Mapping[str, nn.Module], targets: Tensor
+) -> tuple[pd.DataFrame, dict[tuple[Any, str], np.ndarray]]:
+    """Ask every model which images it reads as their targets [n].
+
+    Returns a frame with a row per case and model, ``case``, ``reader`` and ``rate`` (%) with the
+    95 % interval ``low``, ``high`` (Wilson's, which stays within 0 and 100), and the single answers
+    [n] by case and model.
+    """
+    rows, hits = [], {}
+    for case, images in cases:
+        for reader, model in models.items():
+            hit = (probabilities(model, images).argmax(dim=1) == targets).numpy()
+            span = stats.binomtest(int(hit.sum()), len(hit)).proportion_ci(method="wilson")
+            rows.append((case, reader, 100 * hit.mean(), 100 * span.low, 100 * span.high))
+            hits[case, reader] = hit
+    return pd.DataFrame(rows, columns=["case", "reader", "rate", "low", "high"]), hits
+
+
+def ssim(first: Tensor, second: Tensor, side: int = 7) -> Tensor:
+    """Return the mean structural similarity of images in [0, 1], [n].
+
+    From means, variances and the covariance in windows of `side` × `side` pixels; 1 where the
+    images are equal.
+    """
+
+    def mean(z: Tensor) -> Tensor:
+        return F.avg_pool2d(z, side, stride=1)
+
+    mu, nu = mean(first), mean(second)
+    covariance = mean(first * second) - mu * nu
+    variances = mean(first**2) - mu**2 + mean(second**2) - nu**2
+    steady = (0.01**2, 0.03**2)  # keeps both quotients finite
+    light = (2 * mu * nu + steady[0]) / (mu**2 + nu**2 + steady[0])
+    structure = (2 * covariance + steady[1]) / (variances + steady[1])
+    return (light * structure).mean(dim=(1, 2, 3))
