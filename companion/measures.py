@@ -17,6 +17,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from dsvlib.classifiers.training import logits_of
+from dsvlib.data.datasets import AnySplit, as_split
 
 
 def seeded(number: int) -> torch.Generator:
@@ -78,3 +79,36 @@ def ssim(first: Tensor, second: Tensor, side: int = 7) -> Tensor:
     light = (2 * mu * nu + steady[0]) / (mu**2 + nu**2 + steady[0])
     structure = (2 * covariance + steady[1]) / (variances + steady[1])
     return (light * structure).mean(dim=(1, 2, 3))
+
+
+def nearest_of_class(images: Tensor, classes: Tensor, split: AnySplit) -> Tensor:
+    """Return for each image [n, C, H, W] the closest one of `split` of the class [n] asked for."""
+    split = as_split(split)
+    found = []
+    for x, k in zip(images, classes, strict=True):
+        rivals = split.inputs[split.labels == k]
+        found.append(rivals[(rivals - x).flatten(1).norm(dim=1).argmin()])
+    return torch.stack(found)
+
+
+def draw_of_class(pools: Sequence[Tensor], wanted: Iterable[int], number: int) -> Tensor:
+    """Return one image of each wanted class at random; `pools` has the images of each class."""
+    wanted = list(wanted)
+    at = torch.rand(len(wanted), generator=seeded(number))
+    return torch.stack(
+        [pools[k][int(u * len(pools[k]))] for k, u in zip(wanted, at.tolist(), strict=True)]
+    )
+
+
+def evenness(paths: Tensor) -> pd.DataFrame:
+    """Return how evenly and how straight each path of images [paths, points, ...] is.
+
+    ``jump`` is the mean distance of neighbours and ``off the line`` the mean distance from the
+    straight line between the ends, both over the distance of the ends.
+    """
+    x = paths.flatten(2)
+    from_start, chord = x - x[:, :1], x[:, -1:] - x[:, :1]
+    length = chord.norm(dim=2).clamp(min=1e-9)  # [paths, 1]
+    foot = (from_start * chord).sum(dim=2, keepdim=True) / length[..., None] ** 2 * chord
+    moved = {"jump": x.diff(dim=1), "off the line": from_start - foot}
+    return pd.DataFrame({k: z.norm(dim=2).mean(dim=1) / length[:, 0] for k, z in moved.items()})
