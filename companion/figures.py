@@ -354,6 +354,8 @@ def curve(
     y: str,
     hue: str | None = None,
     *,
+    panel: str | None = None,
+    band: tuple[str, str] | None = None,
     reference: Mapping[str, float] | None = None,
     title: str | None = None,
     x_label: str | None = None,
@@ -361,17 +363,40 @@ def curve(
     log_x: bool = False,
     size: tuple[float, float] = (7, 4.2),
 ) -> Figure:
-    """Draw `y` over `x`, one line per `hue`, with a band of one standard deviation.
+    """Draw `y` over `x`, one line per `hue`, with a band; side by side for each value of `panel`.
 
-    The band comes from rows that share `x` and `hue` (seeds).
-    `reference` draws named horizontal lines, such as chance or the paper's number.
+    The band is between the columns `band`, or one standard deviation of rows that share `x` and
+    `hue` (seeds). `reference` draws named horizontal lines, such as chance or the paper's number.
     """
-    _check_columns(frame, x, y, hue)
-    fig, axes = _axes(size)
+    _check_columns(frame, x, y, hue, panel, *(band or ()))
+    parts = _groups(frame, panel)
+    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
+    panels = fig.subplots(1, len(parts), sharey=True, squeeze=False)[0]
+    for axes, (name, part) in zip(panels, parts, strict=True):
+        _draw_lines(axes, part, x, y, hue, band)
+        axes.set_xscale("log" if log_x else "linear")
+        up = (y_label or y) if axes is panels[0] else ""
+        legend = None if panel else hue
+        _finish(axes, reference, name or title, x_label or x, up, legend=legend)
+    if panel and hue:
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return fig
+
+
+def _draw_lines(
+    axes: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str | None,
+    band: tuple[str, str] | None,
+) -> None:
     for i, (name, part) in enumerate(_groups(frame, hue)):
         points = _summary(part, x, y)
-        color, spread = COLORS[i % len(COLORS)], points["spread"].to_numpy(float)
         at, mean = points[x].to_numpy(), points["mean"].to_numpy(float)
+        spread = points["spread"].to_numpy(float)
+        low, high = (part[end] for end in band) if band else (mean - spread, mean + spread)
+        color = COLORS[i % len(COLORS)]
         axes.plot(
             at,
             mean,
@@ -381,10 +406,54 @@ def curve(
             markevery=max(1, len(at) // 12),  # a marker on every one of 600 steps is a smear
             label=_plain(name),
         )
-        if np.any(spread > 0):
-            axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
-    axes.set_xscale("log" if log_x else "linear")
-    _finish(axes, reference, title, x_label or x, y_label or y, legend=hue)
+        if band or np.any(spread > 0):
+            axes.fill_between(at, low, high, color=color, alpha=0.18, lw=0)
+
+
+@_styled
+def scatter(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str | None = None,
+    *,
+    names: str | None = None,
+    interval: tuple[str, str] | None = None,
+    lines: tuple[float, float] = (0, 0),
+    title: str | None = None,
+    x_label: str | None = None,
+    y_label: str | None = None,
+    size: tuple[float, float] = (7.6, 4.8),
+) -> Figure:
+    """Draw a point per row, in colour and shape of its `hue`, and the two `lines` x and y.
+
+    The column `names` holds what is written at a point, an empty text for nothing; the columns
+    `interval` hold the ends of a bar through it.
+    """
+    _check_columns(frame, x, y, hue, names, *(interval or ()))
+    fig, axes = _axes(size)
+    for i, (name, part) in enumerate(_groups(frame, hue)):
+        at, up = part[x].to_numpy(float), part[y].to_numpy(float)
+        bars = None
+        if interval:
+            low, high = (part[end].to_numpy(float) for end in interval)
+            bars = np.maximum(
+                [up - low, high - up], 0
+            )  # rounding puts a share of 1 outside its own
+        style: dict[str, Any] = {"color": COLORS[i % 8], "marker": MARKERS[i % 8], "ls": ""}
+        style["mfc"] = None if i < 8 else "white"
+        axes.errorbar(at, up, bars, ms=8, capsize=3, label=_plain(name), **style)
+    spots = zip(frame[names], frame[x], frame[y], strict=True) if names else ()
+    written = sorted((spot for spot in spots if spot[0]), key=lambda spot: spot[1])
+    for k, (text, at, up) in enumerate(written):  # above and below in turn
+        axes.annotate(_plain(text), (at, up), (0, -14 if k % 2 else 8),
+                      textcoords="offset points", ha="center", size=8)  # fmt: skip
+    axes.axvline(lines[0], color=INK, lw=0.9, ls="--", zorder=1.5)
+    axes.axhline(lines[1], color=INK, lw=0.9, ls=":", zorder=1.5)
+    axes.margins(0.12)
+    _finish(axes, None, title, x_label or x, y_label or y, legend=None)
+    if hue:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
@@ -504,14 +573,16 @@ def intervals(
 ) -> Figure:
     """Draw each row's ``gain`` with its interval from ``low`` to ``high``, from top to bottom.
 
-    Each value of the column `panel` has a panel of its own, beside the one before. Where an
-    interval is far wider than all gains, its ends are cut off; NaN is no interval.
+    Each value of the column `panel` has a panel of its own, beside the one before, and rows are
+    named once where they are the same in all. Where an interval is far wider than all gains, its
+    ends are cut off; NaN is no interval.
     """
     _check_columns(frame, label, "gain", "low", "high", hue, panel)
     names = [name for name, _ in _groups(frame, hue)]
     parts = _groups(frame, panel)
     fig = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = fig.subplots(1, len(parts), squeeze=False)[0]
+    same = len({tuple(part[label]) for _, part in parts}) == 1
+    panels = fig.subplots(1, len(parts), sharey=same, squeeze=False)[0]
     for axes, (title, part) in zip(panels, parts, strict=True):
         part = part.reset_index(drop=True)
         for i, name in enumerate(names):
@@ -520,7 +591,8 @@ def intervals(
             axes.errorbar(rows["gain"], rows.index, xerr=ends, fmt=MARKERS[i], color=COLORS[i],
                           markersize=7, capsize=3, label=_plain(name))  # fmt: skip
         axes.axvline(0, color=INK, lw=1.2)
-        axes.set_yticks(part.index, [_plain(text) for text in part[label]], size=10)
+        if not same or axes is panels[0]:
+            axes.set_yticks(part.index, [_plain(text) for text in part[label]], size=10)
         most = 2 * float(part["gain"].abs().max()) + 1
         left, right = min(part["low"].min(), 0), max(part["high"].max(), 0)
         axes.set_xlim(max(1.1 * left, -most), min(1.1 * right, most))

@@ -54,7 +54,8 @@ BADGES = {
 }
 # Beside dsvlib itself: what lies between a notebook's code and its numbers and pictures.
 BESIDE_THE_METHOD = (
-    *("blind_test.py", "figures.py", "recipes.py", "runs.py", "toy_problems.py", "trials.py"),
+    *("blind_test.py", "figures.py", "measures.py", "recipes.py", "runs.py", "toy_problems.py"),
+    "trials.py",
 )
 
 

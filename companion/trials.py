@@ -62,24 +62,36 @@ def classifiers(
 
 
 def side_by_side(
+    task: Callable[..., Any], jobs: Iterable[Iterable[Any]], workers: int = 1
+) -> list[Any]:
+    """Return ``task(*job)`` of every job, in order.
+
+    More than one of `workers` are processes of one thread each: small networks leave a core mostly
+    waiting for Python.
+    """
+
+    def alone(*job: Any) -> Any:
+        if workers > 1:
+            torch.set_num_threads(1)
+        return task(*job)
+
+    return list(Parallel(workers, batch_size=1)(delayed(alone)(*job) for job in jobs))
+
+
+def by_job(
     task: Callable[..., Any], jobs: Mapping[Job, Iterable[Any]] | Iterable[Job], workers: int = 1
 ) -> tuple[dict[Job, Any], dict[Job, float]]:
     """Return what `task` gives for each job, and the seconds it took, both by job.
 
-    `jobs` holds the task's arguments by job, or lists jobs that are tuples of arguments themselves.
-    More than one of `workers` are processes of one thread each: small networks leave a core mostly
-    waiting for Python.
+    `jobs` holds the task's arguments by job, or lists jobs that are tuples of arguments themselves;
+    they run `side_by_side`.
     """
     arguments: Mapping[Any, Any] = jobs if isinstance(jobs, Mapping) else {job: job for job in jobs}
-    crew = Parallel(workers, batch_size=1)
-    done = crew(delayed(_timed)(task, tuple(own), workers > 1) for own in arguments.values())
-    pairs = dict(zip(arguments, done, strict=True))
-    found = {job: result for job, (result, _) in pairs.items()}
-    return found, {job: seconds for job, (_, seconds) in pairs.items()}
 
+    def timed(*job: Any) -> tuple[Any, float]:
+        began = time.perf_counter()
+        return task(*job), time.perf_counter() - began
 
-def _timed(task: Callable[..., Any], arguments: tuple[Any, ...], alone: bool) -> tuple[Any, float]:
-    if alone:
-        torch.set_num_threads(1)
-    began = time.perf_counter()
-    return task(*arguments), time.perf_counter() - began
+    done = side_by_side(timed, arguments.values(), workers)
+    found = {job: result for job, (result, _) in zip(arguments, done, strict=True)}
+    return found, {job: s for job, (_, s) in zip(arguments, done, strict=True)}

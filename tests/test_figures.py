@@ -47,6 +47,23 @@ DRAWINGS: dict[str, Callable[[], Figure]] = {
     "bar": lambda: figures.bar_with_error(FRAME, "step", "loss", "method", title="T"),
     "dots": lambda: figures.dots_with_error(FRAME, "step", "loss", "method", panel="sd"),
     "intervals": lambda: figures.intervals(GAINS, "rival", hue="finding", panel="size"),
+    "panels": lambda: figures.curve(
+        FRAME[:3].assign(low=0, high=1, of="a $"),
+        "step",
+        "loss",
+        "of",
+        panel="of",
+        band=("low", "high"),
+    ),
+    "scatter": lambda: figures.scatter(
+        FRAME.assign(said=FRAME["method"]),
+        "step",
+        "loss",
+        "method",
+        names="said",
+        interval=("loss", "loss"),
+        lines=(1, 0.5),
+    ),
 }
 
 
