@@ -132,7 +132,12 @@ def explain(
     out of range, and support without λ > 0. Warns where the median of `completeness` is above 0.1.
     """
     check_number("memory", memory, above=0)
-    active, samples = _active(model, support, params, loss_fn, batch_size)
+    check_count("batch_size", batch_size)
+    active = _active(support)
+    kept = support[active.to(support.inputs.device)]
+    samples = SampleGradients(
+        model, kept.inputs, kept.labels, params=params, loss_fn=loss_fn, batch_size=batch_size
+    )
     theta, weights = samples.theta, support.multipliers.detach()[active]
     if check_inputs(inputs).shape[1:] != support.inputs.shape[1:]:
         raise ValueError(
@@ -195,8 +200,8 @@ def suspicious(
 
     Parameters as in `explain`. Raises ValueError as it does.
     """
-    active = (support.multipliers > 0).nonzero()[:, 0]
-    kept = support[active] if len(active) else support
+    active = _active(support)
+    kept = support[active.to(support.inputs.device)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is left out of the sum is no part of a share
         found = explain(
@@ -210,32 +215,21 @@ def suspicious(
             memory=memory,
         )
     terms, score = found.contributions, torch.zeros(len(support), dtype=torch.float64)
-    score[active.cpu()] = (terms.diagonal() / terms.abs().sum(dim=1)).nan_to_num()
+    score[active] = (terms.diagonal() / terms.abs().sum(dim=1)).nan_to_num()
     table = pd.DataFrame(
         {"index": range(len(support)), "label": support.hard_labels.cpu(), "score": score}
     )
     return table.sort_values("score", ascending=False, kind="stable")
 
 
-def _active(
-    model: nn.Module,
-    support: SupportSet,
-    params: Mapping[str, Tensor] | None,
-    loss_fn: LossFn | None,
-    batch_size: int,
-) -> tuple[Tensor, SampleGradients]:
-    """Return where λ > 0, and the gradients of those samples."""
-    check_count("batch_size", batch_size)
+def _active(support: SupportSet) -> Tensor:
+    """Return where λ > 0, on the CPU; raise ValueError where that is nowhere."""
     active = (support.multipliers.detach().cpu() > 0).nonzero()[:, 0]
     if not len(active):
         raise ValueError(
             "support: expected samples with λ > 0, got none; fit λ with fit_multipliers first"
         )
-    kept = support[active.to(support.inputs.device)]
-    samples = SampleGradients(
-        model, kept.inputs, kept.labels, params=params, loss_fn=loss_fn, batch_size=batch_size
-    )
-    return active, samples
+    return active
 
 
 def _classes(
