@@ -86,7 +86,7 @@ def test_gradients_per_class(benchmark: Any, size: str, images: int, way: str) -
     _, shape, options = SIZES[size]
     (network, *_) = networks(shape, options)
     x = torch.randn(10, images, *shape, requires_grad=images == 1)
-    function = {"loop": looped, "batched": gradient_matching._gradients}[way]
+    function = {"loop": gradient_matching._looped, "batched": gradient_matching._batched}[way]
 
     def run() -> None:
         gradients = function(network, x)
@@ -95,18 +95,3 @@ def test_gradients_per_class(benchmark: Any, size: str, images: int, way: str) -
 
     target = [torch.randn_like(g) for g in function(network, x)]
     benchmark.pedantic(run, rounds=3, warmup_rounds=1)
-
-
-def looped(network: nn.Module, images: Tensor) -> list[Tensor]:
-    if not images.requires_grad:
-        return gradient_matching._real_gradients(network, images)
-    parameters = list(network.parameters())
-    gradients = [
-        torch.autograd.grad(
-            F.cross_entropy(network(own), torch.full((len(own),), label)),
-            parameters,
-            create_graph=True,
-        )
-        for label, own in enumerate(images)
-    ]
-    return [torch.stack(parts) for parts in zip(*gradients, strict=True)]

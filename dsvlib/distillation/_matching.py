@@ -250,6 +250,18 @@ class Matching:
         return Solution(self.samples(), status, pd.DataFrame(rows), None, self.config)
 
 
+def in_parts(network: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Return images [n, C, H, W] in parts whose activations stay in a CPU's cache.
+
+    On other devices, and for batch norms that read their batch, all are one part.
+    """
+    norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    together = any(m.training or not m.track_running_stats for m in norms)
+    height, width = images.shape[2:]
+    few = len(images) if together or images.device.type != "cpu" else 8192 // (height * width)
+    return images.split(max(1, few))
+
+
 def _all_finite(*tensors: Tensor) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 

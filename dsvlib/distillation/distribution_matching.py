@@ -21,7 +21,7 @@ from dsvlib.augmentation import DSA, AugmentationConfig
 from dsvlib.classifiers.architectures import embed
 from dsvlib.conditions import DISTANCES, Conditions, Distance, residuals
 from dsvlib.data.datasets import AnySplit
-from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig
+from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig, in_parts
 from dsvlib.frozen import evaluation_mode
 from dsvlib.solution import Solution
 
@@ -121,5 +121,6 @@ def feature_distance(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:
-    """Return ψ of all classes from one forward pass, [K, b, d]."""
-    return embed(network, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    """Return ψ of all classes, [K, b, d]."""
+    parts = in_parts(network, images.flatten(0, 1))
+    return torch.cat([embed(network, part) for part in parts]).unflatten(0, images.shape[:2])

@@ -23,7 +23,7 @@ from dsvlib._validation import check_count, check_number
 from dsvlib.augmentation import DSA
 from dsvlib.classifiers.training import TrainConfig, train
 from dsvlib.data.datasets import AnySplit
-from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig
+from dsvlib.distillation._matching import Bounds, Matching, MatchingConfig, in_parts
 from dsvlib.frozen import evaluation_mode, read_logits
 from dsvlib.gradients import flatten
 from dsvlib.solution import Solution
@@ -87,7 +87,8 @@ def match_gradients(
         The work is done on their device and in their dtype.
     build_model
         Makes a fresh network of one's own, as in `evaluate`; called with torch's global generator
-        seeded and afterwards restored. Default: what the config names.
+        seeded and afterwards restored; it reads each image by itself, batch norms aside. Default:
+        what the config names.
     bounds
         Lowest and highest valid value, numbers or one per channel [C]; images are kept inside.
         Default: none, as in the papers.
@@ -150,9 +151,9 @@ def gradient_distance(first: Iterable[Tensor], second: Iterable[Tensor]) -> Tens
 class _ClassGradients:
     """∇_θ of the mean loss of each class, one tensor [K, *parameter] each, for networks of a kind.
 
-    With few images a batched pass over all classes takes 0.3 to 0.9 times as long as one class
-    after the other; with many, up to three times as long. The first batched pass is held against
-    the loop: where PyTorch cannot take it, or finds something else, the loop serves from then on.
+    On few pixels a batched pass over all classes takes 0.3 to 0.9 times as long as one class after
+    the other; on many, up to three times as long. The first batched pass is held against the loop:
+    where PyTorch cannot take it, or finds something else, the loop serves from then on.
     """
 
     def __init__(self) -> None:
@@ -169,6 +170,7 @@ class _ClassGradients:
         """
         if not self._checked:
             self._checked = True
+            self._looped = len(in_parts(network, images.flatten(0, 1))) > 4
             self._compare(network, images)
         return _looped(network, images) if self._looped else _batched(network, images)
 
@@ -183,6 +185,8 @@ class _ClassGradients:
         except RuntimeError as error:
             seen = images.detach().flatten(0, 1)
             raise ValueError(explain_failure(network, seen, error)) from error
+        if self._looped:
+            return
         try:
             found = _batched(network, images)
             have, want = (flatten(values).detach() for values in (found, expected))
@@ -204,18 +208,28 @@ class _ClassGradients:
 
 def _looped(network: nn.Module, images: Tensor) -> list[Tensor]:
     """Return the gradients of each class, one class after the other."""
+    gradients = [_gradient(network, own, label) for label, own in enumerate(images)]
+    return [torch.stack(parts) for parts in zip(*gradients, strict=True)]
+
+
+def _gradient(network: nn.Module, images: Tensor, label: int) -> list[Tensor]:
+    """Return the gradient of one class, [*parameter] each."""
     parameters = [value for value in network.parameters() if value.requires_grad]
-    labels = torch.arange(len(images), device=images.device)
-    gradients = [
-        torch.autograd.grad(
-            F.cross_entropy(read_logits(network, {}, own), label.expand(len(own))),
+    gradient: list[Tensor] = []
+    for part in in_parts(network, images):
+        loss = F.cross_entropy(
+            read_logits(network, {}, part),
+            torch.full((len(part),), label, device=part.device),
+            reduction="sum",
+        )
+        found = torch.autograd.grad(
+            loss / len(images),
             parameters,
             create_graph=images.requires_grad,
             materialize_grads=True,
         )
-        for own, label in zip(images, labels, strict=True)
-    ]
-    return [torch.stack(parts) for parts in zip(*gradients, strict=True)]
+        gradient = list(map(torch.add, gradient, found)) if gradient else list(found)
+    return gradient
 
 
 def _batched(network: nn.Module, images: Tensor) -> list[Tensor]:
