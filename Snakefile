@@ -13,9 +13,12 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
+from threading import Thread
 
 from companion.presets import plan
 from companion.runs import own_root, repository_root
+from companion.slurm import tell_waiting
 from companion.workflow import done, finish, forget
 from dsvlib._files import checkpoints_folder
 
@@ -27,6 +30,13 @@ JOBS = {os.path.relpath(done(job), repository_root()): job for job in PLAN}
 # The first process says what has to run; copies of this file on a cluster's nodes only follow.
 if not config.get("forgotten") and not workflow.remote_exec:
     forget(PLAN)
+
+
+# On a cluster, a job that cannot start would be waited for in silence.
+onstart:
+    if workflow.non_local_exec:
+        Thread(target=tell_waiting, args=(Path.cwd(), logger.warning), daemon=True).start()
+
 
 # Those of the bundled digits can be trained anew without a download, should they be missing.
 TRAINED = ("digits-convnet", "digits-convnet-shuffled", "digits-judge")

@@ -76,14 +76,26 @@ def reproduce(
     device: Device = None,
     data_root: DataRoot = None,
     force: Annotated[bool, typer.Option("--force", help="Run also what is up to date.")] = False,
+    part: Annotated[
+        str | None, typer.Option("--slice", help="A piece of the work: 1/6 is one of six.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, how long and on which data.")
+    ] = False,
 ) -> None:
-    """Run the notebooks of a preset and rebuild its figures."""
+    """Run the notebooks of a preset, or of a slice of it, and rebuild its figures."""
+    from companion.forecast import preview
+    from companion.presets import plan
     from companion.workflow import reproduce as run
 
     if not 1 <= jobs <= MOST:
         raise RequestError(f"--jobs: expected a whole number from 1 to {MOST}, got {jobs}")
+    if dry_run:
+        for line in preview(plan(preset, only=only or (), data_root=data_root), part, data_root):
+            typer.echo(line)
+        return
     asked = {"device": device, "data_root": data_root}
-    done = run(preset, only=only or (), jobs=jobs, **asked, force=force, echo=typer.echo)
+    done = run(preset, only=only or (), jobs=jobs, **asked, force=force, part=part, echo=typer.echo)
     if not done:
         raise DsvError("at least one notebook failed; the reasons are above")
 
@@ -357,9 +369,10 @@ def doctor(
     import torch
 
     from companion.data_needs import data_needed
+    from companion.forecast import expected, total
     from companion.presets import plan
     from companion.runs import repository_root
-    from companion.workflow import expected, total, up_to_date
+    from companion.workflow import up_to_date
     from dsvlib._files import checkpoints_folder
 
     todo = plan(preset, data_root=data_root)

@@ -16,7 +16,6 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,13 @@ from companion import execution
 from companion.data_needs import check_machine, data_sets
 from companion.execution import (
     cores,
-    duration,
     end_processes,
     exclusive,
     remove_staging,
     stoppable,
     usable_home,
 )
+from companion.forecast import cut, expected, total
 from companion.ledger.comparison import compare_with_recorded
 from companion.ledger.figure_wall import write_wall
 from companion.presets import Job, plan
@@ -119,17 +118,21 @@ def reproduce(
     device: str | None = None,
     data_root: str | None = None,
     force: bool = False,
+    part: str | None = None,
     echo: Callable[[str], object] = print,
 ) -> bool:
     """Run a preset's notebooks, `jobs` at a time, and say what they repeat of the recorded values.
 
     Everything goes below ``build/runs``. Notebooks that are up to date are left alone unless
-    `force`. Returns whether every notebook succeeded; the reasons have been echoed.
+    `force`, and so are those outside of the slice `part`, such as ``1/6``. Returns whether every
+    notebook of it succeeded; the reasons have been echoed.
     Raises RequestError before anything starts, DsvError if another run holds this checkout.
     """
     if jobs < 1:
         raise RequestError(f"--jobs: expected a whole number ≥ 1, got {jobs}")
     todo = plan(preset, only=only, device=device, data_root=data_root)
+    if part is not None:
+        todo = cut(todo, part)
     check_machine(todo)
     run_id = uuid.uuid4().hex
     with exclusive(run_id), stoppable():
@@ -246,63 +249,3 @@ def _reason(log: str) -> str:
     if "No space left" in reason:
         reason += f" (temporary files go to {tempfile.gettempdir()}, which TMPDIR moves)"
     return reason
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What one job took when it was last run or recorded; None where nobody knows."""
-
-    job: str
-    seconds: float | None
-    threads: int | None
-    device: str
-    bound: bool = False  # it will take less: what is known is a larger run
-
-    def __str__(self) -> str:
-        if self.seconds is None:
-            return "unknown: no recorded run"
-        cores = "" if self.threads is None else f" on {_cores(self.threads)}"
-        gpu = f" ({self.device})" if self.device.startswith("cuda") else ""
-        return f"{'at most ' * self.bound}{duration(self.seconds)}{cores}{gpu}"
-
-
-def expected(job: Job) -> Forecast:
-    """Return what the job took in the last run here, else where it was recorded, else at all.
-
-    Where a repetition has no record, that of the run which it repeats stands for it; a smoke run,
-    which nobody records, takes less than a quick one.
-    """
-    first = replace(job, repetition=None)
-    places = [job.directory, job.recorded, first.directory, first.recorded]
-    if job.preset == "smoke":
-        places.append(replace(first, preset="quick").recorded)
-    for directory in places:
-        with suppress(RecordError):
-            record = read_record(directory)
-            threads, device = record["environment"]["threads"], record["environment"]["device"]
-            bound = record["preset"] != job.preset
-            return Forecast(job.name, float(record["seconds"]), threads, device, bound)
-    return Forecast(job.name, job.expected_s, None, "")
-
-
-def total(forecasts: Iterable[Forecast], jobs: int = 1) -> str:
-    """Return the sum over notebooks that have to run, `jobs` at a time, as a sentence.
-
-    One that nobody has recorded counts as the mean of the others.
-    """
-    due = list(forecasts)
-    known = [f.seconds for f in due if f.seconds is not None]
-    if not due:
-        return "nothing to run"
-    if not known:
-        return f"unknown, no recorded run of any of these {len(due)} notebooks"
-    text = "at most " * any(f.bound for f in due)
-    text += f"{duration(sum(known) / len(known) * len(due) / jobs)} for {len(due)} runs"
-    if threads := {f.threads for f in due if f.threads}:
-        text += f", recorded on {' or '.join(map(_cores, sorted(threads)))}"
-    guessed = len(due) - len(known)
-    return text + (f"; {guessed} without a recorded run count as the others" if guessed else "")
-
-
-def _cores(count: int) -> str:
-    return "1 core" if count == 1 else f"{count} cores"

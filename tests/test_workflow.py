@@ -32,6 +32,7 @@ from checkout import (
 
 from companion import execution
 from companion import workflow as module
+from companion.forecast import expected
 from companion.presets import Job, plan
 from companion.runs import read_record
 from companion.workflow import done, reproduce, up_to_date
@@ -120,7 +121,7 @@ def test_up_to_date_follows_parameters_code_and_files(checkout: Path) -> None:
     folder = publish(job)
     assert up_to_date(job)
     assert not up_to_date(other)
-    assert module.expected(job).seconds == pytest.approx(70, abs=5)
+    assert expected(job).seconds == pytest.approx(70, abs=5)
     write_notebook(checkout, "01_line", BODY, "pass", END)
     assert not up_to_date(job)
     write_notebook(checkout, "01_line", BODY, END)
@@ -141,22 +142,6 @@ def test_nothing_to_do_rebuilds_the_wall_only(checkout: Path) -> None:
     assert "up to date" in said[0]
     assert said[1:] == ["figures: build/runs/quick/index.html", "not compared: 01, no recorded run"]
     assert (checkout / "build" / "runs" / "quick" / "README.md").is_file()
-
-
-def test_the_forecast_comes_from_the_nearest_run_that_is_known(checkout: Path) -> None:
-    write_presets(checkout, smoke={}, quick={"repeat": {"01_line": [7]}})
-    (smoke,), (job, again) = plan("smoke"), plan()
-    assert module.total([]) == "nothing to run"
-    assert module.total([module.expected(smoke)]).startswith("unknown, no recorded run")
-    publish_at(job.recorded)
-    known = str(module.expected(job))
-    assert known.startswith("1 min 1")
-    assert str(module.expected(again)) == known, "a repetition takes as long as what it repeats"
-    assert str(module.expected(smoke)) == f"at most {known}"
-    forecasts = [module.Forecast("a", 60, 2, "cpu"), module.Forecast("b", None, None, "")]
-    assert module.total(forecasts, jobs=2) == (
-        "1 min for 2 runs, recorded on 2 cores; 1 without a recorded run count as the others"
-    )
 
 
 @pytest.fixture
