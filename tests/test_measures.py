@@ -12,21 +12,10 @@ from companion.measures import (
     nearest_of_class,
     probabilities,
     read_as,
-    seeded,
-    side_by_side,
     ssim,
 )
+from companion.trials import seeded
 from dsvlib.data.datasets import Split
-
-
-def test_the_same_number_gives_the_same_draws() -> None:
-    assert torch.rand(3, generator=seeded(4)).equal(torch.rand(3, generator=seeded(4)))
-
-
-def test_jobs_keep_their_order_in_one_process_and_in_two() -> None:
-    jobs = [(7, 2), (9, 4), (5, 5)]
-    assert side_by_side(divmod, jobs, 1) == [(3, 1), (2, 1), (1, 0)]
-    assert side_by_side(divmod, jobs, 2) == side_by_side(divmod, jobs, 1)
 
 
 def test_shares_count_what_is_read_as_the_target() -> None:

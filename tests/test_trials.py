@@ -7,21 +7,31 @@ import torch
 
 import dsvlib
 from companion import recipes
-from companion.trials import as_set, classifiers, seeded, side_by_side
+from companion.trials import as_set, by_job, classifiers, seeded, side_by_side
 
 
 def drawn(number: int, scale: float) -> float:
     return scale * float(torch.rand((), generator=seeded(number)))
 
 
+def test_the_same_number_gives_the_same_draws() -> None:
+    assert torch.rand(3, generator=seeded(4)).equal(torch.rand(3, generator=seeded(4)))
+
+
+def test_jobs_keep_their_order_in_one_process_and_in_two() -> None:
+    jobs = [(7, 2), (9, 4), (5, 5)]
+    assert side_by_side(divmod, jobs, 1) == [(3, 1), (2, 1), (1, 0)]
+    assert side_by_side(divmod, jobs, 2) == side_by_side(divmod, jobs, 1)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_job_s_result_depends_on_its_seed_alone(workers: int) -> None:
     jobs = [(number, 2.0) for number in range(3)]
-    found, seconds = side_by_side(drawn, jobs, workers)
+    found, seconds = by_job(drawn, jobs, workers)
     assert found == {job: drawn(*job) for job in jobs}
     assert set(seconds) == set(jobs)
     assert min(seconds.values()) >= 0
-    named, _ = side_by_side(drawn, {"one": (1, 3.0)}, workers)
+    named, _ = by_job(drawn, {"one": (1, 3.0)}, workers)
     assert named == {"one": drawn(1, 3.0)}
 
 
