@@ -27,6 +27,7 @@ from companion.presets import Job
 from companion.runs import RecordError, code_digest, read_record, repository_root, write_json
 from dsvlib._errors import DsvError
 from dsvlib._files import PACKAGE
+from dsvlib._progress import duration
 
 
 @dataclass
@@ -289,13 +290,3 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it, such as ``2 min 5 s``."""
-    if seconds < 10:
-        return f"{seconds:.1f} s".replace(".0 s", " s")
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0)
-    return " ".join(parts + [f"{rest} s"] * (rest > 0 or not parts))

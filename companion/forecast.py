@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from companion.data_needs import data_needed
-from companion.execution import duration
 from companion.presets import Job
 from companion.runs import RecordError, read_record
 from dsvlib._errors import RequestError
+from dsvlib._progress import duration
 
 PIECE_S = 540.0  # of the ten minutes that such a machine gives to a command
 

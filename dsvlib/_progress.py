@@ -26,3 +26,13 @@ def progress_bar(iterable: Iterable[T], description: str) -> Iterable[T]:
         file=sys.stderr,
     )
     return bar
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it, such as ``2 min 5 s``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s".replace(".0 s", " s")
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0)
+    return " ".join(parts + [f"{rest} s"] * (rest > 0 or not parts))

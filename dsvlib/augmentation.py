@@ -223,13 +223,12 @@ def apply(inputs: Tensor, numbers: Draw) -> Tensor:
         inputs = (inputs - mean) * numbers.contrast + mean
     if numbers.affine is not None:
         affine = numbers.affine.expand(len(inputs), 2, 3)
-        # a window is read twice as fine and averaged, so that it holds nothing its size cannot show
-        size = inputs.shape[2:] if numbers.side is None else (2 * numbers.side,) * 2
+        size = inputs.shape[2:] if numbers.side is None else (numbers.side, numbers.side)
         grid = F.affine_grid(affine, [*inputs.shape[:2], *size], align_corners=False)
         # grid_sample moves in zeros, so the wanted value is made zero meanwhile
         edge = "reflection" if numbers.reflect else "zeros"
         moved = F.grid_sample(inputs - numbers.fill, grid, padding_mode=edge, align_corners=False)
-        inputs = (moved if numbers.side is None else F.avg_pool2d(moved, 2)) + numbers.fill
+        inputs = moved + numbers.fill
     if numbers.keep is not None:
         inputs = inputs * numbers.keep
     if numbers.noise is not None:

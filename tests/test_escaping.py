@@ -141,7 +141,7 @@ def test_a_notebooks_page_shows_it_as_text() -> None:
             "outputs": [{"data": {"image/png": ""}, "metadata": picture}]}  # fmt: skip
     head = {"cell_type": "markdown", "source": "# Title", "metadata": {}}
     badge = content.badge(EVIL, EVIL)
-    page = content.notebook_page({"cells": [head, cell]}, EVIL, origin=badge)
+    page = content.notebook_page({"cells": [head, cell]}, EVIL, origin=badge, preset=EVIL)
     assert_harmless(page["cells"][0]["source"], TAGS)
     alt = page["cells"][1]["metadata"]["mystnb"]["image"]["alt"]
     assert "\n" not in alt, "MyST-NB escapes it and hands it to HTML as one attribute"

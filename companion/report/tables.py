@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import dsvlib
-from companion.execution import duration
 from companion.report.stages import TOP
+from dsvlib._progress import duration
 from dsvlib.data.datasets import Split
 from dsvlib.explanation import Explanation
 from dsvlib.support_set import SupportSet
