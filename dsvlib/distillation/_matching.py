@@ -258,7 +258,8 @@ def in_parts(network: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     together = any(m.training or not m.track_running_stats for m in norms)
     height, width = images.shape[2:]
-    few = len(images) if together or images.device.type != "cpu" else 8192 // (height * width)
+    pixels = 8192 if torch.is_grad_enabled() else 16384
+    few = len(images) if together or images.device.type != "cpu" else pixels // (height * width)
     return images.split(max(1, few))
 
 
