@@ -22,7 +22,7 @@ from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
 
 LARGE = 250_000  # bytes from which a picture is committed less wide: photographs, and those with
-WIDTHS = {"RGB": (800, 600), "P": (1200, 900)}  # a palette, which have letters to read
+WIDTHS = {"RGB": (800, 600, 480), "P": (1200, 900)}  # a palette, which have letters to read
 IN_NOTEBOOKS = "quick"  # the preset whose outputs the committed notebooks hold
 
 
