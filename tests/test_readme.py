@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,25 @@ def test_every_link_leads_somewhere(page: str) -> None:
             headings = re.findall(r"^#+ (.*)$", there.read_text("utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
             assert anchor in slugs, target
+
+
+def test_every_notebook_has_ten_questions_with_ten_answers() -> None:
+    sections = re.split(r"^## ", text("docs/questions.md"), flags=re.MULTILINE)[1:]
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    for path, section in zip(notebooks, sections, strict=True):
+        title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0]
+        assert section.startswith(f"{title.removeprefix('# ').strip()}\n"), path.name
+        assert f"](../notebooks/{path.name})" in section
+        prose = r"((?:[^<]|< )+)"  # no tag in it
+        answer = rf"\s+<details><summary>Answer</summary>\n\n {prose}\n\n\s+</details>"
+        found = re.findall(rf"^(\d+)\. {prose}{answer}", section, re.MULTILINE)
+        assert [int(number) for number, *_ in found] == list(range(1, 11)), path.name
+        assert all("?" in question and reply.strip() for _, question, reply in found), path.name
+        assert section.count("<summary>") == section.count("</details>") == 10
+
+
+def test_the_notes_for_instructors_are_short() -> None:
+    assert len(text("docs/teaching.md").splitlines()) <= 120
 
 
 TABLE = re.compile(

@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from companion.site.render import render
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError, explain
 
+DOCUMENTS = ("questions", "teaching")  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
 
 
@@ -91,6 +92,16 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
         _write(source / "api" / f"{name}.rst", text)
     _write_results(preset, source, extra, titles)
     _write_blind_test(source, extra)
+    _write_documents(preset, source, titles)
+
+
+def _write_documents(preset: str, source: Path, notebooks: Iterable[str]) -> None:
+    pages = {f"docs/{name}.md": f"{name}.md" for name in DOCUMENTS}
+    pages |= {(page := f"notebooks/{name}.ipynb"): page for name in notebooks}
+    pages[f"figures/claims/{preset}.md"] = "claims.md"
+    for name in DOCUMENTS:
+        text = (repository_root() / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        _write(source / f"{name}.md", content.document(text, pages, repository_code()))
 
 
 def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str]) -> None:
