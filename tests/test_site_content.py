@@ -245,6 +245,11 @@ def test_notebook_page_folds_solutions_and_keeps_findings() -> None:
     assert cells[5]["metadata"]["mystnb"]["code_prompt_show"] == "Solution"
     assert "hide-input" not in cells[4]["metadata"]["tags"]
     assert "hide-input" not in cells[1]["metadata"]["tags"], "what teaches is open"
+    links = {"Binder": "https://mybinder.org/x?a=1&b"}
+    (top, *_) = content.notebook_page(example(), "01_line", origin="", preset="quick", links=links)[
+        "cells"
+    ]
+    assert '<a href="https://mybinder.org/x?a=1&amp;b">run it on Binder</a>' in top["source"]
     machinery = {"cells": [cell("code", 'run.save_table(frame, "x")'), cell("code", "import os")]}
     made = content.notebook_page(machinery, "01_line", origin="", preset="quick")["cells"]
     assert ["hide-input" in c["metadata"]["tags"] for c in made] == [True, True]

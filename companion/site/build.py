@@ -19,7 +19,7 @@ from typing import Any
 from companion.blind_test import NAME, BlindTest
 from companion.ledger.claims import blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
-from companion.notebooks import normalise, repository_code
+from companion.notebooks import launch_links, normalise, repository_code
 from companion.presets import notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
 from companion.site import content, pictures
@@ -83,7 +83,9 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
     titles = {name: content.notebook_title(notebook, name) for name, notebook in read.items()}
     _write(source / "exercises.md", content.exercises_page(read, titles))
     for name, notebook in read.items():
-        page = content.notebook_page(notebook, name, origin=origins[name], preset=preset)
+        page = content.notebook_page(
+            notebook, name, origin=origins[name], preset=preset, links=launch_links(name)
+        )
         _write(source / "notebooks" / f"{name}.ipynb", json.dumps(page, ensure_ascii=False))
         committed = repository_root() / "notebooks" / f"{name}.ipynb"
         (extra / "notebooks").mkdir(parents=True, exist_ok=True)

@@ -146,12 +146,17 @@ def notebook_title(notebook: Mapping[str, Any], name: str) -> str:
 
 
 def notebook_page(
-    notebook: dict[str, Any], name: str, *, origin: str, preset: str
+    notebook: dict[str, Any],
+    name: str,
+    *,
+    origin: str,
+    preset: str,
+    links: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return a notebook as a page: what does not teach folded, pictures with alt text, its scale.
 
-    `origin` is HTML that says where the outputs come from, `preset` has its figures on a wall. The
-    input is changed and returned.
+    `origin` is HTML that says where the outputs come from, `preset` has its figures on a wall, and
+    `links` lead to where it runs in a browser. The input is changed and returned.
     """
     cells = notebook["cells"]
     for cell in cells:
@@ -175,7 +180,7 @@ def notebook_page(
             metadata["mystnb"] = options
     if cells and cells[0]["cell_type"] == "markdown":
         title, _, rest = cells[0]["source"].partition("\n")
-        line = fragment("wall.html", "origin", Markup(origin), name, preset)
+        line = fragment("wall.html", "origin", Markup(origin), name, preset, links or {})
         cells[0]["source"] = f"{title}\n\n{line}\n\n{rest.lstrip()}"
     return notebook
 
