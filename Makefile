@@ -12,7 +12,7 @@ UNFINISHED := .venv/.unfinished
 LOWEST     := .venv-lowest
 UV         := 0.13.9
 
-.PHONY: help install test test-slow test-slurm test-lowest lint figures record site test-site notebooks checkpoints bench lock clean
+.PHONY: help install test test-slow test-slurm launch test-lowest lint figures record site test-site notebooks checkpoints bench lock clean
 .DEFAULT_GOAL := help
 
 # An environment that was moved, or whose Python is gone, is not ready, whatever its marker says.
@@ -53,6 +53,10 @@ test-slow: $(READY) ## run the tests that take longer
 
 test-slurm: $(READY) ## run a notebook as a job of a SLURM of one node, as root (apt-get install slurm-wlm munge)
 	$(BIN)/python -m pytest -m slurm tests/test_slurm.py $(ARGS)
+
+launch: $(READY) ## check what Binder and Colab would run, as far as it can be tried here
+	$(BIN)/python -m pytest tests/test_editions.py tests/test_first_steps.py \
+	  -m "slow or not slow" -k "binder or colab or links" $(ARGS)
 
 test-lowest: $(LOWEST)/.ready ## run the method's tests with the lowest versions that pyproject.toml admits
 	$(LOWEST)/bin/python -m pytest $(ARGS)

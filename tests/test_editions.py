@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import site
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from checkout import make_checkout
 
 from companion.cli import main
 from companion.notebooks import (
+    FETCH,
     exercise_problems,
     launch_links,
     repository_code,
@@ -166,6 +171,31 @@ def test_links_come_from_one_line(checkout: Path) -> None:
     citation.write_text("repository-code: http://example.org/x\n")
     with pytest.raises(DsvError, match=r"expected https://github.com/OWNER/NAME, got http://ex"):
         repository_code()
+
+
+@pytest.mark.slow
+def test_colab_s_first_cell_fetches_what_the_next_cells_import(tmp_path: Path) -> None:
+    """Where Colab would clone from GitHub, this clones the checkout; nothing else is different."""
+    state = ["git", "-C", str(ROOT), "rev-parse", "--is-inside-work-tree"]
+    if subprocess.run(state, capture_output=True).returncode:
+        pytest.skip("no git checkout to clone")
+    fetch = FETCH.replace("https://github.com/OWNER/NAME", f"file://{ROOT}")
+    packages = tmp_path / "packages"  # as they are on Colab: without this checkout
+    packages.mkdir()
+    for path in Path(site.getsitepackages()[0]).iterdir():
+        if not path.name.startswith(("dsvlib", "_dsvlib")):
+            (packages / path.name).symlink_to(path)
+    code = f"{fetch}\nimport companion, dsvlib\nprint(dsvlib.__file__, companion.__file__)"
+    code += "\nprint(dsvlib.load_classifier('cifar10-robust')[1]['test_accuracy'] > 0.7)"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages), "HOME": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    *_, where, found = ran.stdout.splitlines()
+    assert all(path.startswith(f"{tmp_path}/dsvlib-repository/") for path in where.split())
+    assert found == "True"
 
 
 def test_binder_builds_for_a_cpu_and_checks_itself() -> None:

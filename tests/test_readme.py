@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import importlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 import dsvlib
+from companion.ledger.claims import claim_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "notebooks/README.md")
@@ -86,24 +88,50 @@ def test_every_link_leads_somewhere(page: str) -> None:
             assert anchor in slugs, target
 
 
-@pytest.mark.parametrize(
-    ("words", "claim", "quantity"),
-    [
-        ("0.55 ± 0.26", "DSV-F2b", "pearson_gradient"),
-        ("8.1 ± 3.2 points", "DSV-T2b", "dsv_minus_same_real_1_per_class_1_shot"),
-    ],
+def test_every_notebook_has_ten_questions_with_ten_answers() -> None:
+    sections = re.split(r"^## ", text("docs/questions.md"), flags=re.MULTILINE)[1:]
+    notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    for path, section in zip(notebooks, sections, strict=True):
+        title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0]
+        assert section.startswith(f"{title.removeprefix('# ').strip()}\n"), path.name
+        assert f"](../notebooks/{path.name})" in section
+        prose = r"((?:[^<]|< )+)"  # no tag in it
+        answer = rf"\s+<details><summary>Answer</summary>\n\n {prose}\n\n\s+</details>"
+        found = re.findall(rf"^(\d+)\. {prose}{answer}", section, re.MULTILINE)
+        assert [int(number) for number, *_ in found] == list(range(1, 11)), path.name
+        assert all("?" in question and reply.strip() for _, question, reply in found), path.name
+        assert section.count("<summary>") == section.count("</details>") == 10
+
+
+def test_the_notes_for_instructors_are_short() -> None:
+    assert len(text("docs/teaching.md").splitlines()) <= 120
+
+
+TABLE = re.compile(
+    r"^\| .*\(((?:DSV|PDD|EXT)-\w+)\) \| (.+?) \| (.+?) \| (.+?) \| (.+?), \[(\d\d)\]\(.*\) \|$",
+    re.MULTILINE,
 )
-def test_numbers_of_the_readme_are_recorded(words: str, claim: str, quantity: str) -> None:
-    with (ROOT / "data" / "results" / "quick.csv").open(encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if (r["claim"], r["quantity"]) == (claim, quantity)]
-    (row,) = rows
-    value, spread = words.removesuffix(" points").split(" ± ")
-    digits = len(value.partition(".")[2])
-    assert f"{float(row['value']):.{digits}f}" == value
-    assert f"{float(row['std']):.{digits}f}" == spread
-    assert words in " ".join(text("README.md").split())
-    if row["paper_value"]:
-        assert f"paper {row['paper_value']}" in text("README.md")
+PRESETS = {"digits": "quick", "CIFAR-10": "cifar10"}
+
+
+def test_rows_of_the_readme_are_recorded() -> None:
+    """Each number in the column `ours` is a recorded value of its claim, rounded as it is there."""
+    rows = TABLE.findall(text("README.md"))
+    assert len(rows) == 8
+    for claim, ours, paper, verdict, data, notebook in rows:
+        preset = PRESETS[data]
+        (known,) = (row for row in claim_rows(preset) if row.id == claim)
+        assert (verdict, notebook) == (known.verdict.value, known.notebook[:2]), claim
+        with (ROOT / "data" / "results" / f"{preset}.csv").open(encoding="utf-8") as file:
+            values = [row for row in csv.DictReader(file) if row["claim"] == claim]
+        cells = [row[name] for row in values for name in ("value", "std", "low", "high")]
+        recorded = [float(cell) for cell in cells if cell]
+        for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", ours.replace("−", "-")):
+            places = len(number.partition(".")[2])
+            assert any(f"{value:.{places}f}" == number for value in recorded), (claim, number)
+        papers = known.paper + " ".join(row["paper_value"] for row in values)
+        for number in re.findall(r"\d+\.\d+", paper):
+            assert number in papers, (claim, number)
 
 
 def test_only_what_is_recorded_is_spoken_of_as_recorded() -> None:

@@ -59,9 +59,9 @@ def test_loss_and_gradient_are_those_of_the_plain_loop(
     method: str, per_class: int, kind: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(4)
-    # more than a part of a class: parts hold 32 images of this size
-    images = torch.randn(CLASSES, 40, *SHAPE, dtype=torch.float64, generator=generator)
-    labels = torch.arange(CLASSES).repeat_interleave(40)
+    # so many that a class is read in two parts
+    images = torch.randn(CLASSES, 140, *SHAPE, dtype=torch.float64, generator=generator)
+    labels = torch.arange(CLASSES).repeat_interleave(140)
     numbers = torch.rand(CLASSES, 3, generator=generator).tolist()
     augmentations: Any = [Siamese(kind or "", tuple(row)) for row in numbers]
     if kind is None:

@@ -36,7 +36,13 @@ from dsvlib._files import PACKAGE
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+    root = make_checkout(tmp_path, monkeypatch)
+    (root / "docs").mkdir()
+    (root / "docs/questions.md").write_text("# Ten\n\n[first](../notebooks/01_line.ipynb)\n")
+    (root / "docs/teaching.md").write_text(
+        "# Notes\n\n[ten](questions.md), [all](../figures/claims/quick.md), [`copies`](../data)\n"
+    )
+    return root
 
 
 def read_quick() -> list[PublishedRun]:
@@ -239,6 +245,11 @@ def test_notebook_page_folds_solutions_and_keeps_findings() -> None:
     assert cells[5]["metadata"]["mystnb"]["code_prompt_show"] == "Solution"
     assert "hide-input" not in cells[4]["metadata"]["tags"]
     assert "hide-input" not in cells[1]["metadata"]["tags"], "what teaches is open"
+    links = {"Binder": "https://mybinder.org/x?a=1&b"}
+    (top, *_) = content.notebook_page(example(), "01_line", origin="", preset="quick", links=links)[
+        "cells"
+    ]
+    assert '<a href="https://mybinder.org/x?a=1&amp;b">run it on Binder</a>' in top["source"]
     machinery = {"cells": [cell("code", 'run.save_table(frame, "x")'), cell("code", "import os")]}
     made = content.notebook_page(machinery, "01_line", origin="", preset="quick")["cells"]
     assert ["hide-input" in c["metadata"]["tags"] for c in made] == [True, True]
@@ -262,6 +273,30 @@ def test_every_committed_exercise_is_on_the_page() -> None:
         stubs = [c for c in notebook["cells"] if "exercise" in c["metadata"].get("tags", [])]
         found = list(content.exercises(notebook))
         assert len(found) == len(stubs), path.name
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+def test_links_of_a_document_lead_to_pages_to_the_repository_or_nowhere() -> None:
+    text = "[a](../notebooks/01_x.ipynb#top) [b](other.md) [c](https://x.org) [d](#here)"
+    pages = {"notebooks/01_x.ipynb": "notebooks/01_x.ipynb"}
+    assert content.document(text, pages) == (
+        "[a](notebooks/01_x.ipynb#top) b [c](https://x.org) [d](#here)"
+    )
+    address = "https://github.com/me/dsv/blob/HEAD/docs/other.md"
+    assert f"[b]({address}) [c]" in content.document(text, pages, "me/dsv")
+
+
+@pytest.mark.parametrize("name", build.DOCUMENTS)
+def test_committed_documents_link_to_every_notebook_that_they_name(name: str) -> None:
+    root = PACKAGE.parent
+    text = (root / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    names = [f"notebooks/{path.name}" for path in (root / "notebooks").glob("[0-9]*.ipynb")]
+    page = content.document(text, {name: name for name in names})
+    assert "](../" not in page
+    for notebook in names:
+        assert text.count(f"](../{notebook})") == page.count(f"]({notebook})")
 
 
 # --- the reference -------------------------------------------------------------------------------
@@ -383,7 +418,7 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
     assert (html / "index.html").read_text() == "new"
     assert said[-1].startswith("1 pages in ")
     pages_made = {"index.md", "claims.md", "blind-test.md", "exercises.md", "api/index.rst"}
-    pages_made |= {"glossary.md", "wall/quick.md"}
+    pages_made |= {"glossary.md", "wall/quick.md", "questions.md", "teaching.md"}
     assert pages_made | {"notebooks/01_line.ipynb"} <= set(built)
     assert "wall/smoke.md" not in built, "a smoke run is no result"
     assert {
@@ -396,6 +431,9 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
     assert built["index.md"].count('src="figures/quick/') == 1  # the first is on top
     assert built["index.md"].index("01_line/line_one.png") < built["index.md"].index("What holds")
     assert "notebooks/01_line" in built["index.md"]
+    assert "\nquestions\nteaching\n" in built["index.md"]
+    assert built["questions.md"] == "# Ten\n\n[first](notebooks/01_line.ipynb)\n"
+    assert built["teaching.md"] == "# Notes\n\n[ten](questions.md), [all](claims.md), `copies`\n"
     assert "badge-quick" in built["notebooks/01_line.ipynb"]
     assert not [text for text in built.values() if str(checkout) in text]
 

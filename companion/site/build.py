@@ -12,14 +12,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from companion.blind_test import NAME, BlindTest
 from companion.ledger.claims import blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
-from companion.notebooks import normalise, repository_code
+from companion.notebooks import launch_links, normalise, repository_code
 from companion.presets import notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
 from companion.site import content, pictures
@@ -27,6 +27,7 @@ from companion.site.render import render
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError, explain
 
+DOCUMENTS = ("questions", "teaching")  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
 
 
@@ -82,7 +83,9 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
     titles = {name: content.notebook_title(notebook, name) for name, notebook in read.items()}
     _write(source / "exercises.md", content.exercises_page(read, titles))
     for name, notebook in read.items():
-        page = content.notebook_page(notebook, name, origin=origins[name], preset=preset)
+        page = content.notebook_page(
+            notebook, name, origin=origins[name], preset=preset, links=launch_links(name)
+        )
         _write(source / "notebooks" / f"{name}.ipynb", json.dumps(page, ensure_ascii=False))
         committed = repository_root() / "notebooks" / f"{name}.ipynb"
         (extra / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -91,6 +94,16 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
         _write(source / "api" / f"{name}.rst", text)
     _write_results(preset, source, extra, titles)
     _write_blind_test(source, extra)
+    _write_documents(preset, source, titles)
+
+
+def _write_documents(preset: str, source: Path, notebooks: Iterable[str]) -> None:
+    pages = {f"docs/{name}.md": f"{name}.md" for name in DOCUMENTS}
+    pages |= {(page := f"notebooks/{name}.ipynb"): page for name in notebooks}
+    pages[f"figures/claims/{preset}.md"] = "claims.md"
+    for name in DOCUMENTS:
+        text = (repository_root() / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        _write(source / f"{name}.md", content.document(text, pages, repository_code()))
 
 
 def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str]) -> None:

@@ -1,13 +1,14 @@
 """The site's pages as text: the figure wall, the ledger, notebooks, exercises and the reference.
 
-Everything comes from records, sidecars, executed notebooks and docstrings; nothing runs here and
-nothing is typed in. `companion.site.build` writes the pages and has Sphinx build them.
+Everything comes from records, sidecars, executed notebooks, docstrings and ``docs``; nothing runs
+here and nothing is typed in. `companion.site.build` writes the pages and has Sphinx build them.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,7 @@ VERDICTS = {
 GLOSSARY = Path(__file__).with_name("glossary.yml")
 # Cells that fetch, draw or record teach little: a page folds them.
 MACHINERY = re.compile(r"^(?:import|from) |\brun\.(?:save_|record)|\bfig\b", re.MULTILINE)
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)\s]+)\)")
 EXERCISE = re.compile(r"^(?:#+ |\*\*)(Exercise \d+.*?)(?:\*\*|$)", re.MULTILINE)
 
 
@@ -144,12 +146,17 @@ def notebook_title(notebook: Mapping[str, Any], name: str) -> str:
 
 
 def notebook_page(
-    notebook: dict[str, Any], name: str, *, origin: str, preset: str
+    notebook: dict[str, Any],
+    name: str,
+    *,
+    origin: str,
+    preset: str,
+    links: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return a notebook as a page: what does not teach folded, pictures with alt text, its scale.
 
-    `origin` is HTML that says where the outputs come from, `preset` has its figures on a wall. The
-    input is changed and returned.
+    `origin` is HTML that says where the outputs come from, `preset` has its figures on a wall, and
+    `links` lead to where it runs in a browser. The input is changed and returned.
     """
     cells = notebook["cells"]
     for cell in cells:
@@ -173,7 +180,7 @@ def notebook_page(
             metadata["mystnb"] = options
     if cells and cells[0]["cell_type"] == "markdown":
         title, _, rest = cells[0]["source"].partition("\n")
-        line = fragment("wall.html", "origin", Markup(origin), name, preset)
+        line = fragment("wall.html", "origin", Markup(origin), name, preset, links or {})
         cells[0]["source"] = f"{title}\n\n{line}\n\n{rest.lstrip()}"
     return notebook
 
@@ -198,6 +205,29 @@ def exercises_page(notebooks: Mapping[str, Mapping[str, Any]], titles: Mapping[s
     """Return the page of all exercises, with folded hints and solutions."""
     found = [(name, titles[name], list(exercises(n))) for name, n in notebooks.items()]
     return render("exercises.md", notebooks=[entry for entry in found if entry[2]])
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+def document(text: str, pages: Mapping[str, str], repository: str = "") -> str:
+    """Return a file of ``docs`` as a page at the site's root, with links that lead somewhere there.
+
+    `pages` has the address of each page by the file that it shows. Other files are linked to in
+    `repository`, GitHub's ``owner/name``; where that is empty, the words stay without a link.
+    """
+
+    def led(found: re.Match[str]) -> str:
+        words, target = found.groups()
+        path, *anchor = target.partition("#")
+        file = posixpath.normpath(f"docs/{path}")
+        if not (address := pages.get(file)):
+            if not repository:
+                return words
+            address = f"https://github.com/{repository}/blob/HEAD/{file}"
+        return f"[{words}]({address}{''.join(anchor)})"
+
+    return LINK.sub(led, text)
 
 
 # --- the reference -------------------------------------------------------------------------------
