@@ -126,7 +126,7 @@ def test_rows_of_the_readme_are_recorded() -> None:
             values = [row for row in csv.DictReader(file) if row["claim"] == claim]
         cells = [row[name] for row in values for name in ("value", "std", "low", "high")]
         recorded = [float(cell) for cell in cells if cell]
-        for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", ours.replace("−", "-")):
+        for number in re.findall(r"(?<![\w.-])-?\d+(?:\.\d+)?", ours.replace("−", "-")):
             places = len(number.partition(".")[2])
             assert any(f"{value:.{places}f}" == number for value in recorded), (claim, number)
         papers = known.paper + " ".join(row["paper_value"] for row in values)
