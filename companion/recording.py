@@ -21,7 +21,7 @@ from companion.runs import copy_recorded, figures_root, git_state, read_record
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
 
-LARGE = 250_000  # bytes from which a picture is committed less wide: photographs, and those with
+LARGE = 200_000  # bytes from which a picture is committed less wide: photographs, and those with
 WIDTHS = {"RGB": (800, 600, 480), "P": (1200, 900)}  # a palette, which have letters to read
 IN_NOTEBOOKS = "quick"  # the preset whose outputs the committed notebooks hold
 
