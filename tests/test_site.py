@@ -292,7 +292,7 @@ def test_a_picture_opens_large_and_closes_by_escape(open_page: Any) -> None:
     assert page.evaluate("document.querySelector('.lightbox').open") is True
     assert page.eval_on_selector(".lightbox img", "image => image.alt") != ""
     page.keyboard.press("Escape")
-    assert page.evaluate("document.querySelector('.lightbox').open") is False
+    page.wait_for_function("!document.querySelector('.lightbox').open")
 
 
 def test_an_animation_is_moved_through_by_keyboard(open_page: Any) -> None:

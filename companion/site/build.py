@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dsvlib._errors import DsvError, RequestError, explain
 
 DOCUMENTS = ("questions", "teaching")  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
+FILM = "noise_to_photographs"  # its animation, the first to move through
 
 
 def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) -> Path:
@@ -109,13 +110,13 @@ def _write_documents(preset: str, source: Path, notebooks: Iterable[str]) -> Non
 def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str]) -> None:
     walls: list[tuple[str, str]] = []
     own: list[PublishedRun] = []
-    scrubbers: Sequence[str] = ()
+    moving: dict[str, str] = {}  # by name: photographs stand for the digits of the same figure
     for name in read_presets():
         runs = read_runs(figures_root() / name, f"figures/{name}/")
         # a smoke run is no result: it is shown only where it was asked for by name
         if all(run.problem for run in runs) or (name == "smoke" and preset != "smoke"):
             continue
-        small, moving = {}, []
+        small = {}
         for entry in (entry for run in runs for entry in run.figures):
             for file, _ in (*entry.links, (Path(entry.picture).name, "")):
                 target = extra / entry.folder / file
@@ -124,7 +125,7 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
             original = extra / entry.picture
             small[entry.picture] = pictures.small(entry, original, extra)
             if shots := pictures.frames(entry, original, extra):
-                moving.append(content.scrubber(entry, shots))
+                moving[entry.sidecar["name"]] = content.scrubber(entry, shots)
         page = render(
             "scale.md",
             badge=BADGES.get(name, name),
@@ -135,7 +136,7 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
         _write(source / "wall" / f"{name}.md", page)
         walls.append((name, BADGES.get(name, name)))
         if name == preset:
-            own, scrubbers = runs, moving
+            own = runs
     claims = claim_rows(preset)
     # the picture for the top of the site: what people come for, else the first notebook's first
     figures = [entry for run in own for entry in run.figures]
@@ -144,7 +145,7 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
     page = render(
         "index.md",
         hero=hero and content.card(hero),
-        scrubbers=scrubbers,
+        scrubbers=[moving[name] for name in sorted(moving, key=lambda n: (n != FILM, n))],
         verdicts=content.verdict_summary(claims),
         walls=walls,
         notebooks=list(titles),

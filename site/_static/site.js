@@ -33,12 +33,12 @@ for (const slider of document.querySelectorAll(".scrubber input")) {
 const box = document.createElement("dialog");
 box.className = "lightbox";
 box.setAttribute("aria-label", "A picture, enlarged");
-box.append(document.createElement("img"));
 box.addEventListener("click", () => box.close());
+box.addEventListener("close", () => box.replaceChildren());
+document.addEventListener("keydown", (event) => event.key === "Escape" && box.open && box.close());
 document.body.append(box);
 const enlarge = (address, alt) => {
-  box.firstChild.src = address;
-  box.firstChild.alt = alt;
+  box.replaceChildren(Object.assign(document.createElement("img"), { src: address, alt }));
   box.showModal();
 };
 for (const link of document.querySelectorAll(".card a.picture")) {
@@ -56,7 +56,7 @@ for (const image of document.querySelectorAll(".cell_output img")) {
 }
 
 // The first time that a page uses a word of the glossary, the word leads there and says what it is.
-const home = document.documentElement.dataset.content_root ?? "./";
+const siteRoot = document.documentElement.dataset.content_root ?? "./";
 if (globalThis.glossary && !location.pathname.endsWith("/glossary.html")) {
   const left = new Map(Object.keys(globalThis.glossary).map((word) => [word.toLowerCase(), word]));
   const escaped = [...left.keys()].map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
@@ -70,7 +70,7 @@ if (globalThis.glossary && !location.pathname.endsWith("/glossary.html")) {
       left.delete(found[1].toLowerCase());
       const link = document.createElement("a");
       link.className = "term";
-      link.href = `${home}glossary.html#term-${word.replaceAll(" ", "-")}`;
+      link.href = `${siteRoot}glossary.html#term-${word.replaceAll(" ", "-")}`;
       link.title = globalThis.glossary[word];
       const rest = node.splitText(found.index);
       rest.splitText(found[0].length);
