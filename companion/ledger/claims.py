@@ -202,12 +202,8 @@ def _verdict(claim: Claim, record: Mapping[str, Any]) -> tuple[Verdict, str]:
     if not claim.necessary:
         return Verdict.NOT_ATTEMPTED, "recorded without a rule"
     found = claim.findings(values_of(record))
-    short = []
-    for finding in found:
-        name = finding.value.name if finding.value else finding.rule.name
-        needed = f"{finding.rule.sign} {finding.rule.number:g}"
-        short.append(f"{name.replace('_', ' ')} {finding.ours}, {needed} {finding.found}")
-    return judge(found), "; ".join(short)
+    said = (f"{f.name.replace('_', ' ')} {f.ours}, {f.needed} {f.found}" for f in found)
+    return judge(found), "; ".join(said)
 
 
 def verdicts(run: Run) -> pd.DataFrame:
@@ -225,12 +221,10 @@ def verdicts(run: Run) -> pd.DataFrame:
             continue
         found = claim.findings(run.values.values())
         word = Verdict.NOT_ATTEMPTED if run.preset == "smoke" else judge(found)
-        for finding in found:
-            part = "necessary" if finding.necessary else "further"
-            name = finding.value.name if finding.value else finding.rule.name
-            needed = f"{finding.rule.sign} {finding.rule.number:g}"
-            rows.append((claim.id, part, finding.rule.words, name, finding.ours, needed,
-                         finding.found, word.value))  # fmt: skip
+        for f in found:
+            part = "necessary" if f.necessary else "further"
+            own = (f.rule.words, f.name, f.ours, f.needed, f.found)
+            rows.append((claim.id, part, *own, word.value))
     columns = ["claim", "part", "criterion", "quantity", "ours", "needed", "finding", "verdict"]
     caption = "A claim is what its necessary findings say; partly where a further one is missing."
     return run.save_table(pd.DataFrame(rows, columns=columns), "verdicts", caption=caption)

@@ -80,6 +80,16 @@ class Finding(NamedTuple):
     found: str
 
     @property
+    def name(self) -> str:
+        """The name of the value, or what the rule asks for where nothing was measured."""
+        return self.value.name if self.value else self.rule.name
+
+    @property
+    def needed(self) -> str:
+        """What the rule asks of the value, such as ``≥ 80``."""
+        return f"{self.rule.sign} {self.rule.number:g}"
+
+    @property
     def ours(self) -> str:
         """The value in words, with its interval where the rule looks at that."""
         if self.value is None:
@@ -97,9 +107,10 @@ def findings(
     values = list(values)
     found = []
     for rule in (*necessary, *further):
-        about = [value for value in values if rule.matches(value)]
-        found += [Finding(rule in necessary, rule, v, rule.finding(v)) for v in about]
-        found += [] if about else [Finding(rule in necessary, rule, None, "undecided")]
+        about: list[Value | None] = [value for value in values if rule.matches(value)]
+        for value in about or [None]:
+            word = "undecided" if value is None else rule.finding(value)
+            found.append(Finding(rule in necessary, rule, value, word))
     return found
 
 
