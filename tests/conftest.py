@@ -208,3 +208,11 @@ def digits() -> Any:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a small checkout of its own, for tests of what runs and records notebooks."""
+    from checkout import make_checkout  # of the companion, which `make test-lowest` is without
+
+    return make_checkout(tmp_path, monkeypatch)

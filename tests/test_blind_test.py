@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from checkout import make_checkout, small_blind_test, whole_run
+from checkout import small_blind_test, whole_run
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,11 +20,6 @@ from scipy.stats import norm
 from companion.blind_test import KINDS, UNSURE, BlindTest, Group, at_chance, make, wilson
 from companion.runs import Run, copy_recorded, figures_root, own_root, read_record
 from dsvlib._errors import DsvError, RequestError
-
-
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
 
 
 def publish(test: BlindTest, root: Path | None = None) -> Path:

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from checkout import (
     END,
-    make_checkout,
     small_blind_test,
     whole_run,
     write_notebook,
@@ -62,9 +61,7 @@ ours: {}
 """
 
 
-@pytest.fixture(autouse=True)
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 @pytest.fixture

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from checkout import make_checkout, publish, publish_at
+from checkout import publish, publish_at
 
 from companion.ledger.comparison import TOLERANCE, compare, compare_with_recorded
 from companion.presets import plan
 from companion.runs import Value
 
-
-@pytest.fixture(autouse=True)
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 def verdict(own: float, recorded: float, std: float | None = None, unit: str = "") -> str:

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from checkout import make_checkout, whole_run
+from checkout import whole_run
 from matplotlib.figure import Figure
 
 from companion.ledger.figure_wall import summary, write_wall
 from companion.runs import Run, digest, figures_root, write_json
 
-
-@pytest.fixture(autouse=True)
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 def publish(notebook: str) -> Path:

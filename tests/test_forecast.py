@@ -9,7 +9,6 @@ import pytest
 from checkout import (
     END,
     PARAMETERS,
-    make_checkout,
     publish,
     publish_at,
     write_notebook,
@@ -22,10 +21,7 @@ from companion.presets import Job, plan
 from companion.workflow import reproduce
 from dsvlib._errors import RequestError
 
-
-@pytest.fixture(autouse=True)
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 @pytest.fixture

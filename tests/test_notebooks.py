@@ -10,7 +10,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
-from checkout import BODY, END, make_checkout, publish, write_notebook
+from checkout import BODY, END, publish, write_notebook
 from PIL import Image
 
 from companion.notebooks import NARROW, _normalise_output, check_notebooks, refresh_notebooks
@@ -18,10 +18,7 @@ from companion.presets import notebook_names, plan
 from companion.workflow import forget, reproduce, up_to_date
 from dsvlib._errors import DsvError
 
-
-@pytest.fixture(autouse=True)
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 def test_committed_notebooks_are_clean_and_fresh(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkout import COMMON, END, make_checkout, write_notebook, write_presets
+from checkout import COMMON, END, write_notebook, write_presets
 
 from companion.presets import plan, read_parameters, resolve
 from dsvlib._errors import DsvError, RequestError
 
-
-@pytest.fixture(autouse=True)
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 def test_plan_overlays_defaults_preset_and_options(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from checkout import BODY, END, make_checkout, write_notebook
+from checkout import BODY, END, write_notebook
 
 from companion import slurm
 from companion.presets import plan
@@ -28,11 +28,6 @@ from companion.workflow import up_to_date
 from dsvlib._files import PACKAGE
 
 ROOT = PACKAGE.parent
-
-
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from checkout import BODY, END, PARAMETERS, make_checkout, publish, write_notebook, write_presets
+from checkout import BODY, END, PARAMETERS, publish, write_notebook, write_presets
 
 from companion import workflow
 from companion.ledger.results import read_run, values_of
@@ -32,9 +32,7 @@ run.save_table(pd.DataFrame({"x": range(steps)}), "numbers")
 """
 
 
-@pytest.fixture(autouse=True)
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 def snakemake(root: Path, *words: str) -> subprocess.CompletedProcess[str]:

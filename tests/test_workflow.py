@@ -23,7 +23,6 @@ from checkout import (
     BODY,
     END,
     PARAMETERS,
-    make_checkout,
     publish,
     publish_at,
     write_notebook,
@@ -39,10 +38,7 @@ from companion.workflow import done, reproduce, up_to_date
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import PACKAGE
 
-
-@pytest.fixture(autouse=True)
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return make_checkout(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 @pytest.fixture
