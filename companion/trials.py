@@ -5,6 +5,8 @@ A seed decides everything that a trial draws, so that trials can run in any orde
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -18,6 +20,7 @@ from dsvlib.classifiers.architectures import build_model
 from dsvlib.classifiers.training import Labelled, train
 from dsvlib.data.datasets import Dataset, Split
 from dsvlib.support_set import SupportSet
+from dsvlib.synthesis import SynthesisConfig
 
 Job = TypeVar("Job", bound=Hashable)
 
@@ -31,6 +34,24 @@ def as_set(part: Labelled, data: Dataset) -> SupportSet:
     """Return real images as a set of `data`, each with λ = 1."""
     ones = torch.ones(len(part.labels), device=part.inputs.device)
     return SupportSet(part.inputs, part.labels, ones).describe(data)
+
+
+def settings(line: str) -> dict[str, Any]:
+    """Return the settings of a line such as ``"steps=40 resolutions=(0.5,1.0)"``, by name."""
+    pairs = (word.split("=", 1) for word in line.split())
+    return {name: ast.literal_eval(value) for name, value in pairs}
+
+
+def with_settings(config: SynthesisConfig, line: str) -> SynthesisConfig:
+    """Return a configuration with a line of settings over it.
+
+    Names are those of SynthesisConfig; ``jitter`` is the noise of its augmentation.
+    """
+    changes = settings(line)
+    if "jitter" in changes:
+        noise = changes.pop("jitter")
+        changes["augmentation"] = dataclasses.replace(config.augmentation, noise=noise)
+    return dataclasses.replace(config, **changes)
 
 
 def classifiers(

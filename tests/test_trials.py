@@ -7,7 +7,7 @@ import torch
 
 import dsvlib
 from companion import recipes
-from companion.trials import as_set, by_job, classifiers, seeded, side_by_side
+from companion.trials import as_set, by_job, classifiers, seeded, side_by_side, with_settings
 
 
 def drawn(number: int, scale: float) -> float:
@@ -33,6 +33,16 @@ def test_a_job_s_result_depends_on_its_seed_alone(workers: int) -> None:
     assert min(seconds.values()) >= 0
     named, _ = by_job(drawn, {"one": (1, 3.0)}, workers)
     assert named == {"one": drawn(1, 3.0)}
+
+
+def test_a_line_of_settings_lies_over_a_configuration() -> None:
+    base = dsvlib.SynthesisConfig.digits()
+    config = with_settings(base, "steps=7 resolutions=(0.5,1.0) steps=9 jitter=0.25")
+    assert (config.steps, config.resolutions, config.augmentation.noise) == (9, (0.5, 1.0), 0.25)
+    assert config.augmentation.translate == base.augmentation.translate
+    assert with_settings(base, "") == base
+    with pytest.raises(TypeError, match="stepz"):
+        with_settings(base, "stepz=7")
 
 
 def test_real_images_as_a_set() -> None:
