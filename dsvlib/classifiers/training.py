@@ -417,14 +417,20 @@ def _check_last_batch(model: nn.Module, inputs: Tensor, size: int) -> None:
         ) from error
 
 
-def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Tensor:
-    """Return the logits of all `inputs` [n, K], batch by batch, without a graph."""
+def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int | None = None) -> Tensor:
+    """Return the logits of all `inputs` [n, K], batch by batch, without a graph.
+
+    `batch_size` None: 1,000, or on a CPU as many as its allocator keeps and reuses the memory of.
+    """
     like = next((p for p in model.parameters() if p.is_floating_point()), inputs)
     if inputs.dtype != like.dtype:
         raise ValueError(
             f"inputs: expected {like.dtype} as the model's parameters, got {inputs.dtype}; move "
             f"one to the other with .to(…)"
         )
+    if batch_size is None:
+        few = max(8, 65536 // inputs.shape[2:].numel())
+        batch_size = few if like.device.type == "cpu" else 1000
     with evaluation_mode(model), torch.no_grad():
         batches = (batch.to(like.device) for batch in inputs.split(batch_size))
         return torch.cat([read_logits(model, {}, batch) for batch in batches])
