@@ -256,13 +256,3 @@ def embed(model: nn.Module, inputs: Tensor) -> Tensor:
             "not; define the layer that gives the logits last"
         )
     return seen[-1].flatten(1)
-
-
-def weights_only(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters without biases and the scales of norms, for `params=`.
-
-    These are the tensors with two or more dimensions: kernels and matrices, where weight decay
-    usually acts alone, so that stationarity holds for them only.
-    """
-    named = model.named_parameters()
-    return {name: value for name, value in named if value.ndim > 1 and value.requires_grad}
