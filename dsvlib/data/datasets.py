@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from dsvlib._files import downloads_folder
 from dsvlib._validation import as_labels, check_same_length, suggestion
 from dsvlib.data.folders import SeveralSizes, read_folder
+from dsvlib.support_set import SupportSet
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -49,18 +50,6 @@ KNOWN_CIFAR = {
 }
 
 
-class Labelled(Protocol):
-    """Anything that can be trained on or tested on: a `Split` or a `SupportSet`."""
-
-    @property
-    def inputs(self) -> Tensor:
-        """Normalised inputs [n, C, H, W]."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels int64 [n] or float [n, K]."""
-
-
 @dataclass(frozen=True, eq=False)
 class Split:
     """One part of a data set: `inputs` [n, C, H, W] and `labels` [n].
@@ -87,6 +76,7 @@ class Split:
         return replace(self, inputs=self.inputs.to(device), labels=self.labels.to(device))
 
 
+Labelled = Split | SupportSet  # what can be trained on or tested on
 # A part of a data set as users have it: ours, or any torch Dataset or DataLoader of (image, label).
 AnySplit = Labelled | torch.utils.data.Dataset[Any] | Iterable[Any]
 
