@@ -9,10 +9,8 @@ import getpass
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -58,7 +56,7 @@ def run_notebook(
     """
     if run_id is None:
         run_id = uuid.uuid4().hex
-        with exclusive(run_id, shared=True), stoppable():
+        with exclusive(run_id, shared=True):
             try:
                 return run_notebook(job, threads=threads, flags=flags, run_id=run_id, echo=echo)
             finally:
@@ -272,21 +270,3 @@ def exclusive(run_id: str, *, shared: bool = False) -> Iterator[None]:
         lock.flush()
         yield
         lock.truncate(0)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, so that kernels end with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(f"signal {number}")
-
-    earlier = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

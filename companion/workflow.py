@@ -22,14 +22,7 @@ from typing import Any
 
 from companion import execution
 from companion.data_needs import check_machine, data_sets
-from companion.execution import (
-    cores,
-    end_processes,
-    exclusive,
-    remove_staging,
-    stoppable,
-    usable_home,
-)
+from companion.execution import cores, end_processes, exclusive, remove_staging, usable_home
 from companion.forecast import cut, expected, total
 from companion.ledger.comparison import compare_with_recorded
 from companion.ledger.figure_wall import write_wall
@@ -135,7 +128,7 @@ def reproduce(
         todo = cut(todo, part)
     check_machine(todo)
     run_id = uuid.uuid4().hex
-    with exclusive(run_id), stoppable():
+    with exclusive(run_id):
         _check_writable()
         stale = forget(todo, force=force)
         for job in todo:
