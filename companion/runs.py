@@ -96,19 +96,22 @@ def write_json(path: Path, value: object) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def code_cells(notebook: Path) -> list[str]:
-    """Return the sources of a notebook's code cells, without those that papermill injected."""
+def tagged_cells(notebook: Path) -> list[tuple[str, set[str]]]:
+    """Return the source and the tags of each of a notebook's code cells."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        code = [cell for cell in cells if cell["cell_type"] == "code"]
-        tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
         return [
-            "".join(cell["source"])
-            for cell, tagged in zip(code, tags, strict=True)
-            if "injected-parameters" not in tagged
+            ("".join(cell["source"]), set(cell.get("metadata", {}).get("tags", ())))
+            for cell in cells
+            if cell["cell_type"] == "code"
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DsvError(f"{notebook.name}: expected a Jupyter notebook, got {error}") from error
+
+
+def code_cells(notebook: Path) -> list[str]:
+    """Return the sources of a notebook's code cells, without those that papermill injected."""
+    return [source for source, tags in tagged_cells(notebook) if "injected-parameters" not in tags]
 
 
 def result_sources() -> list[Path]:
