@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ from companion.runs import RecordError, code_digest, read_record, repository_roo
 from dsvlib._errors import DsvError
 from dsvlib._files import PACKAGE
 from dsvlib._progress import duration
-
-
-@dataclass
-class _Running:
-    job: Job
-    run_id: str
-    process: subprocess.Popen[bytes]
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
 
 
 def run_notebook(
@@ -62,20 +49,23 @@ def run_notebook(
             finally:
                 end_processes(run_id)
                 remove_staging(job)
+    own_id = f"{run_id}-{job.name}"
     for retry in (True, False):
-        run = _start(job, f"{run_id}-{job.name}", threads or cores(), flags)
+        began, status = time.monotonic(), None
+        process = _start(job, own_id, threads or cores(), flags)
         with suppress(subprocess.TimeoutExpired):
-            run.process.wait(job.timeout_s)
-        if not (retry and _never_began(run)):
+            status = process.wait(job.timeout_s)
+        if not (retry and status and _never_began(job)):
             break
         echo(f"{job.name} · the kernel did not start, trying once more")
-    reason = _verdict(run)
+    reason = _verdict(job, own_id, status)
     word = "FAILED after" if reason else "done in"
-    echo(f"{job.name} · {word} {duration(run.seconds)}{': ' if reason else ''}{reason}")
+    taken = duration(time.monotonic() - began)
+    echo(f"{job.name} · {word} {taken}{': ' if reason else ''}{reason}")
     return reason
 
 
-def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
+def _start(job: Job, run_id: str, threads: int, flags: str) -> subprocess.Popen[bytes]:
     """Start papermill on one notebook in a process group of its own."""
     root = repository_root()
     output, log, parameters = map(job.build, (".ipynb", ".log", ".parameters.yml"))
@@ -117,10 +107,9 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
     arguments += ["-k", "python3", "--no-progress-bar", "--log-output"]
     arguments += ["--execution-timeout", limit, "--start-timeout", "60"]
     with log.open("wb") as stream:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             arguments, cwd=root, env=env, stdout=stream, stderr=stream, start_new_session=True
         )
-    return _Running(job, run_id, process)
 
 
 def usable_home() -> dict[str, str]:
@@ -165,11 +154,9 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _never_began(run: _Running) -> bool:
-    """Return whether papermill gave up before the first cell ran."""
-    if run.process.poll() in (None, 0):
-        return False
-    cells = _executed_cells(run.job)
+def _never_began(job: Job) -> bool:
+    """Return whether papermill, which failed, gave up before the first cell ran."""
+    cells = _executed_cells(job)
     return not any(cell.get("execution_count") or cell.get("outputs") for cell in cells)
 
 
@@ -180,25 +167,27 @@ def _executed_cells(job: Job) -> list[dict[str, Any]]:
     return []
 
 
-def _verdict(run: _Running) -> str:
-    """Return why the notebook failed, or an empty text: only its fresh record says it did not."""
-    log = os.path.relpath(run.job.build(".log"), repository_root())
-    status = run.process.poll()
+def _verdict(job: Job, run_id: str, status: int | None) -> str:
+    """Return why the notebook failed, or an empty text: only its fresh record says it did not.
+
+    `status` is papermill's, None where it did not end in time.
+    """
+    log = os.path.relpath(job.build(".log"), repository_root())
     if status is None:
-        end_processes(run.run_id)
-        return f"no end after {duration(run.job.timeout_s)}, its time limit; log: {log}"
-    for cell in _executed_cells(run.job) if status else ():
+        end_processes(run_id)
+        return f"no end after {duration(job.timeout_s)}, its time limit; log: {log}"
+    for cell in _executed_cells(job) if status else ():
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 first = next(iter("".join(cell["source"]).splitlines()), "")
                 error = " ".join(str(output["evalue"]).split())
                 return f"{output['ename']}: {error} (cell beginning '{first}'); log: {log}"
     if status:
-        lines = run.job.build(".log").read_text(errors="replace").split("\n")
+        lines = job.build(".log").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         return f"papermill ended with status {status}: {last}; log: {log}"
     try:
-        fresh = read_record(run.job.directory)["run_id"] == run.run_id
+        fresh = read_record(job.directory)["run_id"] == run_id
     except RecordError as error:
         return f"{error}; log: {log}"
     return "" if fresh else f"its last cell did not call run.complete(); log: {log}"

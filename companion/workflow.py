@@ -39,6 +39,7 @@ from companion.runs import (
 )
 from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import PACKAGE, atomic_path, downloads_folder
+from dsvlib.cli import probe
 from dsvlib.data.downloads import FOLDERS, folder_digest
 
 
@@ -129,7 +130,8 @@ def reproduce(
     check_machine(todo)
     run_id = uuid.uuid4().hex
     with exclusive(run_id):
-        _check_writable()
+        with explain("write to", own_root()):  # what would fail in each notebook's last cell
+            probe(own_root() / ".staging")
         stale = forget(todo, force=force)
         for job in todo:
             if job not in stale:
@@ -158,15 +160,6 @@ def finish(preset: str, jobs: Sequence[Job], *, echo: Callable[[str], object] = 
     echo(f"figures: {os.path.relpath(page, repository_root())}")
     if text:
         echo(text)
-
-
-def _check_writable() -> None:
-    """Refuse now what would otherwise fail in each notebook's last cell."""
-    probe = own_root() / ".staging" / "probe"
-    with explain("write to", own_root()):
-        with atomic_path(probe) as temporary:
-            temporary.write_text("room for one block")
-        probe.unlink()
 
 
 def schedule(
