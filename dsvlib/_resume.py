@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dsvlib._files import atomic_path, read_safetensors
+from dsvlib._schedule import has_settled
 
 FORMAT = "dsvlib.run-state.v1"
 
@@ -96,7 +97,7 @@ class State:
     def settled(self, tolerance: float) -> bool:
         """Whether the loss changed by less than this fraction between two rows of this stage."""
         own = [row["total"] for row in self.rows[-2:] if row["step"] > self.step - self.local]
-        return len(own) == 2 and abs(own[1] - own[0]) < tolerance * max(abs(own[0]), 1e-12)
+        return has_settled(own, tolerance)
 
 
 class Checkpoint:
