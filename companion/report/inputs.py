@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -104,12 +102,6 @@ def wanted(opened: Classifier, classes: Sequence[int | str] | None, per_class: i
             f"of {per_class} each; name some classes, or ask for fewer of each"
         )
     return wanted
-
-
-def first_of_each(labels: Tensor, limit: int) -> Tensor:
-    """Return the places of at most `limit` images, the first of every class in turn."""
-    rank = pd.Series(labels.numpy()).groupby(labels.numpy()).cumcount()
-    return torch.tensor(np.sort(rank.sort_values(kind="stable").index[:limit].to_numpy()))
 
 
 def _short(names: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from dsvlib._validation import check_shaped, suggestion
 from dsvlib.classifiers.architectures import unwrapped
 from dsvlib.classifiers.files import check_state, load_classifier
 from dsvlib.frozen import evaluation_mode, read_logits
+from dsvlib.support_set import Normalised
 
 TORCHVISION = "torchvision:"
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")  # of a file's dict
@@ -31,7 +32,7 @@ PREFIXES = ("module.", "model.", "net.")
 
 
 @dataclass(frozen=True, eq=False)
-class Classifier:
+class Classifier(Normalised):
     """A trained network and how to read it: any `nn.Module` from images to logits [n, K].
 
     Parameters
@@ -86,12 +87,6 @@ class Classifier:
                 f"classes: expected one name for each logit, got classes "
                 f"{len(self.classes)}, logits {logits}; name those that the network has"
             )
-
-    @property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest valid pixel in normalised units, each [C]."""
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return (0 - mean) / std, (1 - mean) / std
 
     def reading(
         self, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]
