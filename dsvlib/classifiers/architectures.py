@@ -225,17 +225,6 @@ def build_model(
     return model
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network that DataParallel or torch.compile wrapped, which shares its weights."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 def embed(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the features [n, d] that the model's last linear layer sees, for any classifier."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from dsvlib._files import foreign_content
 from dsvlib._validation import check_shaped, suggestion
-from dsvlib.classifiers.architectures import unwrapped
 from dsvlib.classifiers.files import check_state, load_classifier
-from dsvlib.frozen import evaluation_mode, read_logits
+from dsvlib.frozen import evaluation_mode, read_logits, unwrapped
 from dsvlib.support_set import Normalised
 
 TORCHVISION = "torchvision:"
@@ -64,7 +63,7 @@ class Classifier(Normalised):
     dataset: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", unwrapped(self.model))
+        object.__setattr__(self, "model", unwrapped(self.model)[0])
         object.__setattr__(self, "classes", _class_names(self.classes))
         for field, kind in (("mean", float), ("std", float), ("shape", index)):
             object.__setattr__(self, field, _numbers(field, getattr(self, field), kind))
@@ -299,7 +298,7 @@ def open_classifier(
             f"{known['name']}: expected a callable that returns a torch.nn.Module, got "
             f"{type(model).__name__}; write a function without arguments that builds the network"
         )
-    model = unwrapped(model)
+    model, _ = unwrapped(model)
     if weights is not None:
         load_weights(model, weights)
     if output is not None:
