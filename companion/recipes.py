@@ -18,12 +18,7 @@ from dsvlib._validation import check_choice
 from dsvlib.augmentation import AugmentationConfig
 from dsvlib.classifiers.adversarial import AdversarialConfig, attack
 from dsvlib.classifiers.architectures import build_model
-from dsvlib.classifiers.files import (
-    DIGESTS,
-    load_classifier,
-    save_classifier,
-    shipped_digests,
-)
+from dsvlib.classifiers.files import DIGESTS, load_classifier, save_classifier, shipped_digests
 from dsvlib.classifiers.training import TrainConfig, accuracy, train
 from dsvlib.conditions import residuals
 from dsvlib.data.datasets import Dataset, Split, load_dataset
