@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from dsvlib._errors import RequestError
 from dsvlib._files import downloads_folder
-from dsvlib.data.downloads import CIFAR, CLASSES, FOLDERS, as_folder, has_images, present, reachable
+from dsvlib.data.downloads import (
+    CIFAR,
+    CLASSES,
+    FOLDERS,
+    KNOWN,
+    as_folder,
+    has_images,
+    present,
+    reachable,
+)
 
 if TYPE_CHECKING:
     from companion.presets import Job
@@ -24,9 +33,7 @@ def data_sets(parameters: Mapping[str, Any]) -> list[str]:
         value = todo.pop(0)
         if isinstance(value, list):
             todo += value
-        elif isinstance(value, str) and (
-            value in ("digits", *CLASSES, *FOLDERS) or value.startswith("folder:")
-        ):
+        elif isinstance(value, str) and (value in KNOWN or value.startswith("folder:")):
             found[value] = None
     return list(found)
 

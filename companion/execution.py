@@ -78,29 +78,22 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> subprocess.Popen[
         "command": f"dsv reproduce --preset {job.preset} --only {job.notebook} {flags}".strip(),
         "started": time.time(),
     }
-    env = (
-        os.environ
-        | usable_home()
-        | {
-            "DSV_RUN_ID": run_id,
-            "DSV_RUN_CONTEXT": json.dumps(context),
-            "DSV_ROOT": str(root),
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            # threads that wait by spinning make a busy machine several times slower
-            "OMP_WAIT_POLICY": "PASSIVE",
-            # glibc hands large blocks back at every step, and the kernel clears them anew
-            "MALLOC_MMAP_MAX_": "0",
-            "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-            "MPLBACKEND": "agg",
-            "PYTHONHASHSEED": "0",
-            "JUPYTER_PATH": _search_path(_own_kernel(), "JUPYTER_PATH"),
-            # torch warns about its own use of torch.jit; it says nothing about the notebook
-            "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script",
-            # The kernel imports the very dsvlib that started it.
-            "PYTHONPATH": _search_path(PACKAGE.parent, "PYTHONPATH"),
-        }
-    )
+    env = child_environment(run_id) | {
+        "DSV_RUN_CONTEXT": json.dumps(context),
+        "DSV_ROOT": str(root),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # threads that wait by spinning make a busy machine several times slower
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # glibc hands large blocks back at every step, and the kernel clears them anew
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "MPLBACKEND": "agg",
+        "PYTHONHASHSEED": "0",
+        "JUPYTER_PATH": _search_path(_own_kernel(), "JUPYTER_PATH"),
+        # torch warns about its own use of torch.jit; it says nothing about the notebook
+        "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script",
+    }
     limit = str(max(1, round(job.timeout_s)))
     arguments = [sys.executable, "-m", "papermill", f"{root}/notebooks/{job.notebook}.ipynb"]
     arguments += [str(output), "-f", str(parameters), "--cwd", str(root / "notebooks")]
@@ -110,6 +103,12 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> subprocess.Popen[
         return subprocess.Popen(
             arguments, cwd=root, env=env, stdout=stream, stderr=stream, start_new_session=True
         )
+
+
+def child_environment(run_id: str) -> dict[str, str]:
+    """Return the environment of a process of a run: it imports the very dsvlib that started it."""
+    own = {"DSV_RUN_ID": run_id, "PYTHONPATH": _search_path(PACKAGE.parent, "PYTHONPATH")}
+    return os.environ | usable_home() | own
 
 
 def usable_home() -> dict[str, str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from companion import execution
 from companion.data_needs import check_machine, data_sets
-from companion.execution import cores, end_processes, exclusive, remove_staging, usable_home
+from companion.execution import child_environment, cores, end_processes, exclusive, remove_staging
 from companion.forecast import cut, expected, total
 from companion.ledger.comparison import compare_with_recorded
 from companion.ledger.figure_wall import write_wall
@@ -192,15 +192,7 @@ def schedule(
     command += ["--prioritize", targets[0]]  # the quickstart: something to look at meanwhile
     command += ["--quiet", "host", "progress", "reason", "rules", "--"]  # "all" hides its errors
     command += targets
-    env = (
-        os.environ
-        | usable_home()
-        | {
-            "DSV_RUN_ID": run_id,
-            "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
-            "PYTHONUNBUFFERED": "1",
-        }
-    )
+    env = child_environment(run_id) | {"PYTHONUNBUFFERED": "1"}
     names, ended = {job.name for job in jobs}, set()
     bar = tqdm(total=len(jobs), disable=not sys.stderr.isatty(), leave=False, unit="notebook")
     with log.open("w", encoding="utf-8") as errors, bar:

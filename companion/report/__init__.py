@@ -25,6 +25,7 @@ from dsvlib._errors import DsvError, RequestError
 from dsvlib._errors import explain as say_why
 from dsvlib._files import atomic_path
 from dsvlib.classifiers.foreign import Classifier
+from dsvlib.cli import preset_for
 from dsvlib.data.datasets import Dataset, first_of_each
 from dsvlib.explanation import Explanation
 from dsvlib.support_set import SupportSet
@@ -182,7 +183,7 @@ def make(
         seed,
         wanted.tolist(),
         str(named),
-        stages.settings_of(opened),
+        preset_for(opened)(),
     )
     stage = stages.Stages(parts, inputs.digest(model, train, test, *about), echo)
 
