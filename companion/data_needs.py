@@ -45,20 +45,18 @@ def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
     for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
         if name == "digits":
             needed[name] = "present (bundled)"
+            continue
+        folder = Path(name.removeprefix("folder:")) if ":" in name else root / name
+        if name.startswith("folder:"):
+            there = has_images(folder)
+            fix = f"expected {folder}/train/<class>/* and {folder}/test/<class>/*"
         elif name in FOLDERS or (as_folder(name, root) and not present(name, root)):
-            there = has_images(root / name)
-            fix = f"missing: copy train/<class>/* and test/<class>/* to {root / name}"
-            needed[name] = "present" if there else f"{fix}, or name its folder with --data-root"
-        elif name.startswith("folder:"):
-            path = Path(name.removeprefix("folder:"))
-            needed[name] = (
-                "present"
-                if has_images(path)
-                else f"missing: expected {path}/train/<class>/* and {path}/test/<class>/*"
-            )
+            there = has_images(folder)
+            fix = f"copy train/<class>/* and test/<class>/* to {folder}"
+            fix += ", or name its folder with --data-root"
         else:
-            fix = f"missing: dsv data fetch {name} --root {root}"
-            needed[name] = "present" if present(name, root) else fix
+            there, fix = present(name, root), f"dsv data fetch {name} --root {root}"
+        needed[name] = "present" if there else f"missing: {fix}"
     return needed
 
 
