@@ -19,6 +19,7 @@ from typing import Any
 from companion.blind_test import NAME, BlindTest
 from companion.ledger.claims import blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
+from companion.ledger.prose import plain
 from companion.notebooks import launch_links, normalise, repository_code
 from companion.presets import notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
@@ -192,7 +193,11 @@ def _read_notebook(path: Path, name: str) -> dict[str, Any]:
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
         raise DsvError(f"{path.name}: expected a Jupyter notebook, got {error}") from error
     source = repository_root() / "notebooks" / f"{name}.ipynb"
-    return dict(json.loads(json.dumps(normalise(executed, source))))
+    shown = normalise(executed, source)
+    for cell in shown.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source)
+    return dict(json.loads(json.dumps(shown)))
 
 
 def _write(path: Path, text: str) -> None:
