@@ -229,7 +229,8 @@ def _check_notebook(path: Path, notebook: Any) -> Iterator[str]:
         yield "expected the last code cell to call run.complete()"
     yield from _check_claims(notebook)
     yield from exercise_problems(notebook)
-    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type != "code")
+    texts = [plain(cell.source) for cell in notebook.cells if cell.cell_type != "code"]
+    words = sum(len(text.split()) for text in texts)
     if len(notebook.cells) > MAX_CELLS or words > MAX_WORDS:
         yield (
             f"has {len(notebook.cells)} cells and {words} words; expected at most {MAX_CELLS} and "

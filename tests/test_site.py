@@ -31,6 +31,7 @@ NOTEBOOKS = sorted(path.stem for path in (HTML.parents[2] / "notebooks").glob("[
 EXPECTED = [
     *(
         "index",
+        "findings",
         "claims",
         "blind-test",
         "exercises",
@@ -48,6 +49,7 @@ EXPECTED = [
 # one page of each kind, for what would take long on all of them
 KINDS = [
     "index",
+    "findings",
     "claims",
     "exercises",
     "questions",

@@ -28,7 +28,7 @@ from companion.site.render import render
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError, explain
 
-DOCUMENTS = ("questions", "teaching")  # files of docs that are pages here, too
+DOCUMENTS = ("findings", "questions", "teaching")  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
 FILM = "noise_to_photographs"  # its animation, the first to move through
 
@@ -102,6 +102,9 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
 def _write_documents(preset: str, source: Path, notebooks: Iterable[str]) -> None:
     pages = {f"docs/{name}.md": f"{name}.md" for name in DOCUMENTS}
     pages |= {(page := f"notebooks/{name}.ipynb"): page for name in notebooks}
+    for wall in (source / "wall").glob("*.md"):  # the pages of other presets hold their ledgers
+        pages[f"figures/{wall.stem}/README.md"] = f"wall/{wall.name}"
+        pages[f"figures/claims/{wall.stem}.md"] = f"wall/{wall.name}"
     pages[f"figures/claims/{preset}.md"] = "claims.md"
     for name in DOCUMENTS:
         text = (repository_root() / "docs" / f"{name}.md").read_text(encoding="utf-8")
