@@ -110,7 +110,7 @@ def ledger(claims: Sequence[ClaimRow], titles: Mapping[str, str], *, up: str = "
 
 
 def _verdict_of(claim: ClaimRow) -> str:
-    """Return the verdict in words; one that is not known counts as not attempted, hence red."""
+    """Return the verdict in words; one that is not known counts as not attempted."""
     return str(claim.verdict) if str(claim.verdict) in VERDICTS else "not attempted"
 
 
