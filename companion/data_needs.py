@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from dsvlib._errors import RequestError
 from dsvlib._files import downloads_folder
-from dsvlib.data.downloads import CIFAR, CLASSES, FOLDERS, as_folder, has_images, present, reachable
+from dsvlib.data.downloads import (
+    CIFAR,
+    CLASSES,
+    FOLDERS,
+    KNOWN,
+    as_folder,
+    has_images,
+    present,
+    reachable,
+)
 
 if TYPE_CHECKING:
     from companion.presets import Job
@@ -24,9 +33,7 @@ def data_sets(parameters: Mapping[str, Any]) -> list[str]:
         value = todo.pop(0)
         if isinstance(value, list):
             todo += value
-        elif isinstance(value, str) and (
-            value in ("digits", *CLASSES, *FOLDERS) or value.startswith("folder:")
-        ):
+        elif isinstance(value, str) and (value in KNOWN or value.startswith("folder:")):
             found[value] = None
     return list(found)
 
@@ -38,20 +45,18 @@ def data_needed(jobs: Sequence[Job], data_root: Path | None) -> dict[str, str]:
     for name in dict.fromkeys(name for job in jobs for name in data_sets(job.parameters)):
         if name == "digits":
             needed[name] = "present (bundled)"
+            continue
+        folder = Path(name.removeprefix("folder:")) if ":" in name else root / name
+        if name.startswith("folder:"):
+            there = has_images(folder)
+            fix = f"expected {folder}/train/<class>/* and {folder}/test/<class>/*"
         elif name in FOLDERS or (as_folder(name, root) and not present(name, root)):
-            there = has_images(root / name)
-            fix = f"missing: copy train/<class>/* and test/<class>/* to {root / name}"
-            needed[name] = "present" if there else f"{fix}, or name its folder with --data-root"
-        elif name.startswith("folder:"):
-            path = Path(name.removeprefix("folder:"))
-            needed[name] = (
-                "present"
-                if has_images(path)
-                else f"missing: expected {path}/train/<class>/* and {path}/test/<class>/*"
-            )
+            there = has_images(folder)
+            fix = f"copy train/<class>/* and test/<class>/* to {folder}"
+            fix += ", or name its folder with --data-root"
         else:
-            fix = f"missing: dsv data fetch {name} --root {root}"
-            needed[name] = "present" if present(name, root) else fix
+            there, fix = present(name, root), f"dsv data fetch {name} --root {root}"
+        needed[name] = "present" if there else f"missing: {fix}"
     return needed
 
 

@@ -9,15 +9,12 @@ import getpass
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +25,6 @@ from companion.runs import RecordError, code_digest, read_record, repository_roo
 from dsvlib._errors import DsvError
 from dsvlib._files import PACKAGE
 from dsvlib._progress import duration
-
-
-@dataclass
-class _Running:
-    job: Job
-    run_id: str
-    process: subprocess.Popen[bytes]
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
 
 
 def run_notebook(
@@ -58,26 +43,29 @@ def run_notebook(
     """
     if run_id is None:
         run_id = uuid.uuid4().hex
-        with exclusive(run_id, shared=True), stoppable():
+        with exclusive(run_id, shared=True):
             try:
                 return run_notebook(job, threads=threads, flags=flags, run_id=run_id, echo=echo)
             finally:
                 end_processes(run_id)
                 remove_staging(job)
+    own_id = f"{run_id}-{job.name}"
     for retry in (True, False):
-        run = _start(job, f"{run_id}-{job.name}", threads or cores(), flags)
+        began, status = time.monotonic(), None
+        process = _start(job, own_id, threads or cores(), flags)
         with suppress(subprocess.TimeoutExpired):
-            run.process.wait(job.timeout_s)
-        if not (retry and _never_began(run)):
+            status = process.wait(job.timeout_s)
+        if not (retry and status and _never_began(job)):
             break
         echo(f"{job.name} · the kernel did not start, trying once more")
-    reason = _verdict(run)
+    reason = _verdict(job, own_id, status)
     word = "FAILED after" if reason else "done in"
-    echo(f"{job.name} · {word} {duration(run.seconds)}{': ' if reason else ''}{reason}")
+    taken = duration(time.monotonic() - began)
+    echo(f"{job.name} · {word} {taken}{': ' if reason else ''}{reason}")
     return reason
 
 
-def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
+def _start(job: Job, run_id: str, threads: int, flags: str) -> subprocess.Popen[bytes]:
     """Start papermill on one notebook in a process group of its own."""
     root = repository_root()
     output, log, parameters = map(job.build, (".ipynb", ".log", ".parameters.yml"))
@@ -90,39 +78,37 @@ def _start(job: Job, run_id: str, threads: int, flags: str) -> _Running:
         "command": f"dsv reproduce --preset {job.preset} --only {job.notebook} {flags}".strip(),
         "started": time.time(),
     }
-    env = (
-        os.environ
-        | usable_home()
-        | {
-            "DSV_RUN_ID": run_id,
-            "DSV_RUN_CONTEXT": json.dumps(context),
-            "DSV_ROOT": str(root),
-            "OMP_NUM_THREADS": str(threads),
-            "MKL_NUM_THREADS": str(threads),
-            # threads that wait by spinning make a busy machine several times slower
-            "OMP_WAIT_POLICY": "PASSIVE",
-            # glibc hands large blocks back at every step, and the kernel clears them anew
-            "MALLOC_MMAP_MAX_": "0",
-            "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-            "MPLBACKEND": "agg",
-            "PYTHONHASHSEED": "0",
-            "JUPYTER_PATH": _search_path(_own_kernel(), "JUPYTER_PATH"),
-            # torch warns about its own use of torch.jit; it says nothing about the notebook
-            "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script",
-            # The kernel imports the very dsvlib that started it.
-            "PYTHONPATH": _search_path(PACKAGE.parent, "PYTHONPATH"),
-        }
-    )
+    env = child_environment(run_id) | {
+        "DSV_RUN_CONTEXT": json.dumps(context),
+        "DSV_ROOT": str(root),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # threads that wait by spinning make a busy machine several times slower
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # glibc hands large blocks back at every step, and the kernel clears them anew
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "MPLBACKEND": "agg",
+        "PYTHONHASHSEED": "0",
+        "JUPYTER_PATH": _search_path(_own_kernel(), "JUPYTER_PATH"),
+        # torch warns about its own use of torch.jit; it says nothing about the notebook
+        "PYTHONWARNINGS": "ignore::FutureWarning:torch.jit._script",
+    }
     limit = str(max(1, round(job.timeout_s)))
     arguments = [sys.executable, "-m", "papermill", f"{root}/notebooks/{job.notebook}.ipynb"]
     arguments += [str(output), "-f", str(parameters), "--cwd", str(root / "notebooks")]
     arguments += ["-k", "python3", "--no-progress-bar", "--log-output"]
     arguments += ["--execution-timeout", limit, "--start-timeout", "60"]
     with log.open("wb") as stream:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             arguments, cwd=root, env=env, stdout=stream, stderr=stream, start_new_session=True
         )
-    return _Running(job, run_id, process)
+
+
+def child_environment(run_id: str) -> dict[str, str]:
+    """Return the environment of a process of a run: it imports the very dsvlib that started it."""
+    own = {"DSV_RUN_ID": run_id, "PYTHONPATH": _search_path(PACKAGE.parent, "PYTHONPATH")}
+    return os.environ | usable_home() | own
 
 
 def usable_home() -> dict[str, str]:
@@ -167,11 +153,9 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _never_began(run: _Running) -> bool:
-    """Return whether papermill gave up before the first cell ran."""
-    if run.process.poll() in (None, 0):
-        return False
-    cells = _executed_cells(run.job)
+def _never_began(job: Job) -> bool:
+    """Return whether papermill, which failed, gave up before the first cell ran."""
+    cells = _executed_cells(job)
     return not any(cell.get("execution_count") or cell.get("outputs") for cell in cells)
 
 
@@ -182,25 +166,27 @@ def _executed_cells(job: Job) -> list[dict[str, Any]]:
     return []
 
 
-def _verdict(run: _Running) -> str:
-    """Return why the notebook failed, or an empty text: only its fresh record says it did not."""
-    log = os.path.relpath(run.job.build(".log"), repository_root())
-    status = run.process.poll()
+def _verdict(job: Job, run_id: str, status: int | None) -> str:
+    """Return why the notebook failed, or an empty text: only its fresh record says it did not.
+
+    `status` is papermill's, None where it did not end in time.
+    """
+    log = os.path.relpath(job.build(".log"), repository_root())
     if status is None:
-        end_processes(run.run_id)
-        return f"no end after {duration(run.job.timeout_s)}, its time limit; log: {log}"
-    for cell in _executed_cells(run.job) if status else ():
+        end_processes(run_id)
+        return f"no end after {duration(job.timeout_s)}, its time limit; log: {log}"
+    for cell in _executed_cells(job) if status else ():
         for output in cell.get("outputs", []):
             if output["output_type"] == "error":
                 first = next(iter("".join(cell["source"]).splitlines()), "")
                 error = " ".join(str(output["evalue"]).split())
                 return f"{output['ename']}: {error} (cell beginning '{first}'); log: {log}"
     if status:
-        lines = run.job.build(".log").read_text(errors="replace").split("\n")
+        lines = job.build(".log").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
         return f"papermill ended with status {status}: {last}; log: {log}"
     try:
-        fresh = read_record(run.job.directory)["run_id"] == run.run_id
+        fresh = read_record(job.directory)["run_id"] == run_id
     except RecordError as error:
         return f"{error}; log: {log}"
     return "" if fresh else f"its last cell did not call run.complete(); log: {log}"
@@ -272,21 +258,3 @@ def exclusive(run_id: str, *, shared: bool = False) -> Iterator[None]:
         lock.flush()
         yield
         lock.truncate(0)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, so that kernels end with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(f"signal {number}")
-
-    earlier = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

@@ -12,7 +12,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from xml.sax.saxutils import escape, quoteattr
 
 import matplotlib as mpl
@@ -34,6 +34,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))
 HATCHES = ("", "//", "..", "\\\\", "xx", "--", "oo", "++")
 INK, FAINT, WRONG = "#262626", "#c8c8c8", COLORS[1]
 DPI = 160
+WIDEST = 9  # inches of a plot: in a wider one letters are too small on a phone
 SMALLEST = 0.7  # of a text's usual size
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps a number readable on a line
 
@@ -271,6 +272,11 @@ def image_grid(
     return fig
 
 
+@cache
+def _inches(text: str, size: float) -> float:
+    return float(TextPath((0, 0), text, size=size).get_extents().width) / 72
+
+
 def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], float]:
     """Return the texts broken at spaces to `width` inches, and a size at which all fit.
 
@@ -278,9 +284,8 @@ def _fit(texts: Iterable[str], width: float, size: float) -> tuple[list[str], fl
     that is longer still is broken.
     """
 
-    @cache
     def inches(text: str) -> float:
-        return float(TextPath((0, 0), _plain(text), size=size).get_extents().width) / 72
+        return _inches(_plain(text), size)
 
     def pieces(word: str) -> Iterator[str]:
         while inches(word) > width / SMALLEST and len(word) > 1:
@@ -369,45 +374,23 @@ def curve(
     `hue` (seeds). `reference` draws named horizontal lines, such as chance or the paper's number.
     """
     _check_columns(frame, x, y, hue, panel, *(band or ()))
-    parts = _groups(frame, panel)
-    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = fig.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-    for axes, (name, part) in zip(panels, parts, strict=True):
-        _draw_lines(axes, part, x, y, hue, band)
+    fig, panels = _panels(frame, panel, hue, size, sharey=True)
+    for number, (axes, name, _, groups) in enumerate(panels):
+        for i, of, part in groups:
+            points = _summary(part, x, y)
+            at = points[x].to_numpy()
+            mean, spread = (points[k].to_numpy(float) for k in ("mean", "spread"))
+            low, high = (part[end] for end in band) if band else (mean - spread, mean + spread)
+            look: dict[str, Any] = {"color": COLORS[i % 8], "ls": LINES[i % 8]}
+            # a marker on every one of 600 steps is a smear
+            look |= {"marker": MARKERS[i % 8], "markevery": max(1, len(at) // 12)}
+            axes.plot(at, mean, label=_plain(of), **look)
+            if band or np.any(spread > 0):
+                axes.fill_between(at, low, high, color=COLORS[i % 8], alpha=0.18, lw=0)
         axes.set_xscale("log" if log_x else "linear")
-        up = (y_label or y) if axes is panels[0] else ""
-        legend = None if panel else hue
-        _finish(axes, reference, name or title, x_label or x, up, legend=legend)
-    if panel and hue:
-        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return fig
-
-
-def _draw_lines(
-    axes: Axes,
-    frame: pd.DataFrame,
-    x: str,
-    y: str,
-    hue: str | None,
-    band: tuple[str, str] | None,
-) -> None:
-    for i, (name, part) in enumerate(_groups(frame, hue)):
-        points = _summary(part, x, y)
-        at, mean = points[x].to_numpy(), points["mean"].to_numpy(float)
-        spread = points["spread"].to_numpy(float)
-        low, high = (part[end] for end in band) if band else (mean - spread, mean + spread)
-        color = COLORS[i % len(COLORS)]
-        axes.plot(
-            at,
-            mean,
-            color=color,
-            linestyle=LINES[i % len(LINES)],
-            marker=MARKERS[i % len(MARKERS)],
-            markevery=max(1, len(at) // 12),  # a marker on every one of 600 steps is a smear
-            label=_plain(name),
-        )
-        if band or np.any(spread > 0):
-            axes.fill_between(at, low, high, color=color, alpha=0.18, lw=0)
+        up = "" if number else y_label or y
+        _finish(axes, reference, name or title, "" if panel else x_label or x, up)
+    return _with_legend(fig, hue, below=x_label or x if panel else "")
 
 
 @_styled
@@ -431,18 +414,15 @@ def scatter(
     `interval` hold the ends of a bar through it.
     """
     _check_columns(frame, x, y, hue, names, *(interval or ()))
-    fig, axes = _axes(size)
-    for i, (name, part) in enumerate(_groups(frame, hue)):
+    fig, ((axes, _, _, groups),) = _panels(frame, None, hue, size)
+    for i, name, part in groups:
         at, up = part[x].to_numpy(float), part[y].to_numpy(float)
         bars = None
         if interval:
             low, high = (part[end].to_numpy(float) for end in interval)
-            bars = np.maximum(
-                [up - low, high - up], 0
-            )  # rounding puts a share of 1 outside its own
-        style: dict[str, Any] = {"color": COLORS[i % 8], "marker": MARKERS[i % 8], "ls": ""}
-        style["mfc"] = None if i < 8 else "white"
-        axes.errorbar(at, up, bars, ms=8, capsize=3, label=_plain(name), **style)
+            # rounding puts a share of 1 outside its own
+            bars = np.maximum([up - low, high - up], 0)
+        _dots(axes, i, name, at, up, yerr=bars)
     spots = zip(frame[names], frame[x], frame[y], strict=True) if names else ()
     written = sorted((spot for spot in spots if spot[0]), key=lambda spot: spot[1])
     for k, (text, at, up) in enumerate(written):  # above and below in turn
@@ -451,10 +431,8 @@ def scatter(
     axes.axvline(lines[0], color=INK, lw=0.9, ls="--", zorder=1.5)
     axes.axhline(lines[1], color=INK, lw=0.9, ls=":", zorder=1.5)
     axes.margins(0.12)
-    _finish(axes, None, title, x_label or x, y_label or y, legend=None)
-    if hue:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return fig
+    _finish(axes, None, title, x_label or x, y_label or y)
+    return _with_legend(fig, hue)
 
 
 @_styled
@@ -478,19 +456,19 @@ def bar_with_error(
     are those of the y axis.
     """
     _check_columns(frame, x, y, hue)
-    fig, axes = _axes(size)
-    order, groups = list(dict.fromkeys(frame[x])), _groups(frame, hue)
-    width = 0.8 / len(groups)
-    for i, (name, part) in enumerate(groups):
+    fig, ((axes, _, _, groups),) = _panels(frame, None, hue, size)
+    order = list(dict.fromkeys(frame[x]))
+    width, room = 0.8 / len(groups), (fig.get_figwidth() - 1.2) / len(order)
+    for i, name, part in groups:
         points = _summary(part, x, y).set_index(x).reindex(order)
         at = np.arange(len(order)) + (i - (len(groups) - 1) / 2) * width
         mean, spread = points["mean"].to_numpy(float), points["spread"].to_numpy(float)
-        hatch = HATCHES[i % len(HATCHES)] if len(groups) > 1 else ""
+        hatch = HATCHES[i % 8] if len(groups) > 1 else ""
         axes.bar(
             at,
             mean,
             width * 0.92,
-            color=COLORS[i % len(COLORS)],
+            color=COLORS[i % 8],
             label=_plain(name),
             hatch=hatch,
             edgecolor="white",
@@ -500,25 +478,19 @@ def bar_with_error(
         axes.errorbar(at[whiskers], mean[whiskers], spread[whiskers], fmt="none", ecolor=INK,
                       elinewidth=1.3, capsize=4)  # fmt: skip
         tops = mean + np.where(whiskers, spread, 0)
-        for place, top, value in zip(at, tops, mean, strict=True):
-            if np.isfinite(value):
-                axes.annotate(
-                    number.format(value),
-                    (place, max(top, 0)),
-                    (0, 3),
-                    textcoords="offset points",
-                    ha="center",
-                    size=9,
-                    path_effects=HALO,
-                )
-    names, name_size = _fit(map(str, order), 0.85 * (size[0] - 1.2) / len(order), 11)
+        said = [number.format(value) if np.isfinite(value) else "" for value in mean]
+        fitting = 9 * min(1, max(SMALLEST, room * width / max(_inches(t, 10) for t in said)))
+        for place, top, text in zip(at, tops, said, strict=True):
+            axes.annotate(text, (place, max(top, 0)), (0, 3), textcoords="offset points",
+                          ha="center", size=fitting, path_effects=HALO)  # fmt: skip
+    names, name_size = _fit(map(str, order), 0.85 * room, 11)
     axes.set_xticks(range(len(order)), [_plain(name) for name in names], size=name_size)
     axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     if limits:
         axes.set_ylim(*limits)
-    _finish(axes, reference, title, x_label or "", y_label or y, legend=hue)
-    return fig
+    _finish(axes, reference, title, x_label or "", y_label or y)
+    return _with_legend(fig, hue)
 
 
 @_styled
@@ -540,25 +512,21 @@ def dots_with_error(
     the column `panel` has a panel of its own, below the one before.
     """
     _check_columns(frame, x, y, hue, panel)
-    order, names = (list(dict.fromkeys(frame[column])) for column in (x, hue))
-    parts = _groups(frame, panel)
-    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
-    panels = fig.subplots(len(parts), squeeze=False)[:, 0]
-    for axes, (title, part) in zip(panels, parts, strict=True):
-        for i, name in enumerate(names):
-            points = _summary(part[part[hue] == name], x, y).set_index(x).reindex(order)
-            at = np.arange(len(order)) + 0.8 * ((i + 0.5) / len(names) - 0.5)
+    order = list(dict.fromkeys(frame[x]))
+    fig, panels = _panels(frame, panel, hue, size, down=True)
+    for axes, title, _, groups in panels:
+        for i, name, part in groups:
+            points = _summary(part, x, y).set_index(x).reindex(order)
+            at = np.arange(len(order)) + 0.8 * ((i + 0.5) / len(groups) - 0.5)
             spread = points["spread"].where(points["spread"] > 0)
-            axes.errorbar(at, points["mean"], spread, fmt=MARKERS[i], color=COLORS[i],
-                          markersize=8, capsize=3, label=_plain(name))  # fmt: skip
+            _dots(axes, i, name, at, points["mean"], yerr=spread)
         axes.set_xticks(range(len(order)), [_plain(name) for name in order], size=10)
         axes.set(xlim=(-0.5, len(order) - 0.5), ylim=(0, None))
         axes.grid(visible=False, axis="x")
         for edge in range(1, len(order)):
             axes.axvline(edge - 0.5, color=FAINT, lw=0.8, zorder=0)
-        _finish(axes, reference, title, x_label or "", y_label or y, legend=None)
-    fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return fig
+        _finish(axes, reference, title, x_label or "", y_label or y)
+    return _with_legend(fig, hue)
 
 
 @_styled
@@ -578,35 +546,77 @@ def intervals(
     ends are cut off; NaN is no interval.
     """
     _check_columns(frame, label, "gain", "low", "high", hue, panel)
-    names = [name for name, _ in _groups(frame, hue)]
-    parts = _groups(frame, panel)
-    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
-    same = len({tuple(part[label]) for _, part in parts}) == 1
-    panels = fig.subplots(1, len(parts), sharey=same, squeeze=False)[0]
-    for axes, (title, part) in zip(panels, parts, strict=True):
-        part = part.reset_index(drop=True)
-        for i, name in enumerate(names):
-            rows = part if hue is None else part[part[hue].astype(str) == name]
+    frame = frame.assign(at=frame.groupby(panel or (lambda _: 0)).cumcount())
+    same = panel is None or len(set(frame.groupby(panel)[label].agg(tuple))) == 1
+    fig, panels = _panels(frame, panel, hue, size, sharey=same)
+    for number, (axes, title, part, groups) in enumerate(panels):
+        for i, name, rows in groups:
             ends = [rows["gain"] - rows["low"], rows["high"] - rows["gain"]]
-            axes.errorbar(rows["gain"], rows.index, xerr=ends, fmt=MARKERS[i], color=COLORS[i],
-                          markersize=7, capsize=3, label=_plain(name))  # fmt: skip
+            _dots(axes, i, name, rows["gain"], rows["at"], xerr=ends)
         axes.axvline(0, color=INK, lw=1.2)
-        if not same or axes is panels[0]:
-            axes.set_yticks(part.index, [_plain(text) for text in part[label]], size=10)
+        if not (same and number):
+            axes.set_yticks(part["at"], [_plain(text) for text in part[label]], size=10)
         most = 2 * float(part["gain"].abs().max()) + 1
         left, right = min(part["low"].min(), 0), max(part["high"].max(), 0)
         axes.set_xlim(max(1.1 * left, -most), min(1.1 * right, most))
         axes.set_ylim(len(part) - 0.5, -0.5)
-        _finish(axes, None, title, x_label, "", legend=None)
-    if hue:
-        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return fig
+        _finish(axes, None, title, "" if panel else x_label, "")
+    return _with_legend(fig, hue, below=x_label if panel else "")
 
 
-def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+class _Panel(NamedTuple):
+    axes: Axes
+    name: str
+    rows: pd.DataFrame
+    groups: list[tuple[int, str, pd.DataFrame]]  # a hue's number, name and rows
+
+
+def _panels(
+    frame: pd.DataFrame,
+    panel: str | None,
+    hue: str | None,
+    size: tuple[float, float],
+    *,
+    down: bool = False,
+    sharey: bool = False,
+) -> tuple[Figure, list[_Panel]]:
+    """Return a figure with axes for each value of `panel`, side by side or down the page.
+
+    A hue has the same number, which chooses its colour and marker, in all of them.
+    """
+    hues, parts = [name for name, _ in _groups(frame, hue)], _groups(frame, panel)
     # A Figure apart from pyplot: no global state, nothing to close, no second display.
-    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
-    return fig, fig.add_subplot()
+    fig = Figure(figsize=(min(size[0], WIDEST), size[1]), dpi=DPI, layout="constrained")
+    grid = (len(parts), 1) if down else (1, len(parts))
+    places = fig.subplots(*grid, sharey=sharey, squeeze=False).flatten()
+    panels = []
+    for axes, (name, rows) in zip(places, parts, strict=True):
+        own = dict(_groups(rows, hue))
+        groups = [(i, one, own.get(one, rows[:0])) for i, one in enumerate(hues)]
+        panels.append(_Panel(axes, name, rows, groups))
+    return fig, panels
+
+
+def _dots(axes: Axes, i: int, name: str, x: Any, y: Any, **bars: Any) -> None:
+    """Draw the points of the hue with number `i`, hollow ones from the ninth on."""
+    look: dict[str, Any] = {"fmt": MARKERS[i % 8], "color": COLORS[i % 8], "ms": 8, "capsize": 3}
+    axes.errorbar(x, y, **bars, **look, mfc=None if i < 8 else "white", label=_plain(name))
+
+
+def _with_legend(fig: Figure, hue: str | None, *, below: str = "") -> Figure:
+    """Say below the axes, where it can hide no data, what all of them show and colours mean."""
+    size = mpl.rcParams["axes.labelsize"]
+    if not hue:
+        if below:
+            fig.supxlabel(_plain(below), size=size)
+        return fig
+    handles, names = fig.axes[0].get_legend_handles_labels()
+    widest = 0.8 + max(_inches(name, 10) for name in names)
+    columns = max(1, min(4, len(names), int(fig.get_figwidth() / widest)))
+    # the label is the legend's title: a label of the figure would be drawn over it
+    heading = {"title": _plain(below), "title_fontsize": size} if below else {}
+    fig.legend(handles, names, loc="outside lower center", ncols=columns, **heading)
+    return fig
 
 
 def _check_columns(frame: pd.DataFrame, *names: str | None) -> None:
@@ -636,8 +646,6 @@ def _finish(
     title: str | None,
     x_label: str,
     y_label: str,
-    *,
-    legend: str | None,
 ) -> None:
     for name, level in (reference or {}).items():
         axes.axhline(level, color="#5b5b5b", lw=1.2, ls=(0, (4, 2)), zorder=1.5)
@@ -645,20 +653,8 @@ def _finish(
                       textcoords="offset points", va="center", size=9, color="#4d4d4d")  # fmt: skip
     axes.set(xlabel=_plain(x_label), ylabel=_plain(y_label))
     axes.set_axisbelow(True)
-    rows = 0
-    if legend:  # between title and axes, where it can hide no data
-        names = axes.get_legend_handles_labels()[1]
-        rows = -(-len(names) // 4)
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=min(4, len(names)),
-            borderaxespad=0.2,
-            handlelength=2.8,
-            columnspacing=1.6,
-        )
     if title:
-        axes.set_title(_plain(title), loc="left", weight="bold", size=13, pad=8 + 20 * rows)
+        axes.set_title(_plain(title), loc="left", weight="bold", size=13, pad=8)
 
 
 def draw_regions(axes: Axes, scores: np.ndarray, box: float) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor, nn
 
+from companion.blind_test import wilson
 from companion.trials import seeded
 from dsvlib.classifiers.training import logits_of
 from dsvlib.data.datasets import AnySplit, as_split
@@ -38,8 +38,7 @@ def read_as(
     for case, images in cases:
         for reader, model in models.items():
             hit = (probabilities(model, images).argmax(dim=1) == targets).numpy()
-            span = stats.binomtest(int(hit.sum()), len(hit)).proportion_ci(method="wilson")
-            rows.append((case, reader, 100 * hit.mean(), 100 * span.low, 100 * span.high))
+            rows.append((case, reader, 100 * hit.mean(), *wilson(int(hit.sum()), len(hit))))
             hits[case, reader] = hit
     return pd.DataFrame(rows, columns=["case", "reader", "rate", "low", "high"]), hits
 

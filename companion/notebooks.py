@@ -53,6 +53,17 @@ if importlib.util.find_spec("dsvlib") is None:  # Colab starts without the repos
     sys.path.insert(0, os.path.abspath("dsvlib-repository"))"""
 
 
+def read_notebook(path: Path) -> Any:
+    """Return a notebook; raise DsvError for a file that is none."""
+    import nbformat
+
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+        reason = str(error).split("\n")[0]
+        raise DsvError(f"{path.name}: expected a Jupyter notebook, got {reason}") from error
+
+
 def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[str]:
     """Put the outputs of a preset's run, normalised, into the committed notebooks.
 
@@ -73,8 +84,7 @@ def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[s
                     f"made the figures, found none in build/runs/{preset}; {fix}"
                 )
             target = repository_root() / "notebooks" / f"{job.notebook}.ipynb"
-            executed = nbformat.read(job.build(".ipynb"), as_version=4)
-            ready.append((target, normalise(executed, target)))
+            ready.append((target, normalise(read_notebook(job.build(".ipynb")), target)))
         for target, notebook in ready:
             with atomic_path(target) as temporary, temporary.open("w", encoding="utf-8") as out:
                 nbformat.write(notebook, out)
@@ -200,9 +210,9 @@ def check_notebooks() -> list[str]:
         path = repository_root() / "notebooks" / f"{name}.ipynb"
         try:
             read_parameters(name)
-            notebook = nbformat.read(path, as_version=4)
+            notebook = read_notebook(path)
             nbformat.validate(notebook)
-        except (DsvError, nbformat.ValidationError, nbformat.reader.NotJSONError) as error:
+        except (DsvError, nbformat.ValidationError) as error:
             problems.append(str(error).split("\n")[0])
             continue
         problems += [f"{name}: {problem}" for problem in _check_notebook(path, notebook)]
@@ -359,11 +369,7 @@ def student_files() -> dict[Path, str]:
     files = {}
     for name in notebook_names():
         source = repository_root() / "notebooks" / f"{name}.ipynb"
-        try:
-            notebook = nbformat.read(source, as_version=4)
-        except nbformat.reader.NotJSONError as error:
-            reason = str(error).split("\n")[0]
-            raise DsvError(f"{source.name}: expected a Jupyter notebook, got {reason}") from error
+        notebook = read_notebook(source)
         if any("exercise" in tags(cell) for cell in notebook.cells):
             target = source.parent / "student" / source.name
             files[target] = nbformat.writes(student_copy(notebook, name)) + "\n"

@@ -25,7 +25,7 @@ from pydantic import (
     create_model,
 )
 
-from companion.runs import REPETITIONS, code_cells, figures_root, own_root, repository_root
+from companion.runs import REPETITIONS, figures_root, own_root, repository_root, tagged_cells
 from dsvlib._errors import DsvError, RequestError
 
 COMMON = {"preset": "quick", "seed": 0, "device": "auto", "data_root": ""}
@@ -122,14 +122,12 @@ def read_parameters(notebook: str) -> type[BaseModel]:
     literals that fit their annotation, and has the parameters common to all.
     """
     path = repository_root() / "notebooks" / f"{notebook}.ipynb"
-    code_cells(path)  # one clear error for a file that is no notebook
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    tagged = [source for source, tags in tagged_cells(path) if "parameters" in tags]
     if len(tagged) != 1:
         raise DsvError(f"{notebook}: expected one cell tagged 'parameters', got {len(tagged)}")
     fields: dict[str, Any] = {}
     try:
-        for line in ast.parse("".join(tagged[0]["source"])).body:
+        for line in ast.parse(tagged[0]).body:
             if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
                 raise ValueError(f"line {line.lineno} is something else")
             default = ast.literal_eval(line.value) if line.value else None

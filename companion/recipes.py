@@ -7,7 +7,7 @@ checkpoint. `classifier(name, data)` loads the shipped weights; `retrain=True` f
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,7 @@ from dsvlib._validation import check_choice
 from dsvlib.augmentation import AugmentationConfig
 from dsvlib.classifiers.adversarial import AdversarialConfig, attack
 from dsvlib.classifiers.architectures import build_model
-from dsvlib.classifiers.files import (
-    DIGESTS,
-    load_classifier,
-    save_classifier,
-    shipped_digests,
-)
+from dsvlib.classifiers.files import DIGESTS, load_classifier, save_classifier, shipped_digests
 from dsvlib.classifiers.training import TrainConfig, accuracy, train
 from dsvlib.conditions import residuals
 from dsvlib.data.datasets import Dataset, Split, load_dataset
@@ -38,9 +33,9 @@ class Recipe:
 
     purpose: str
     dataset: str
-    architecture: str
-    options: dict[str, Any]
     training: TrainConfig
+    architecture: str = "convnet"
+    options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     shuffle_labels: bool = False
     image_size: int | None = None  # side that the images are resized to; None: as they are
@@ -55,10 +50,7 @@ class Recipe:
 ATTACK_STEPS, ATTACKED = 20, 2000  # of the attack that robustness is measured by, and test images
 _SMALL: dict[str, Any] = {"width": 32, "depth": 2, "norm": "none"}
 _DEEP: dict[str, Any] = {"width": 64, "depth": 4}
-_DIGITS: dict[str, Any] = {"dataset": "digits", "architecture": "convnet"}
-_CIFAR10: dict[str, Any] = {"dataset": "cifar10", "architecture": "convnet"}
 _JUDGE: dict[str, Any] = {"architecture": "resnet18", "options": {"width": 16}, "seed": 1000}
-_IMAGENETTE: dict[str, Any] = {"dataset": "imagenette-64", "architecture": "convnet"}
 
 
 def _shifted(by: float) -> AugmentationConfig:
@@ -81,6 +73,11 @@ def _against(radius: float, *, epochs: int, **options: Any) -> TrainConfig:
     return _cycle(epochs, 0.08, 1e-3, adversarial=AdversarialConfig(radius=radius), **options)
 
 
+def _for_judging(epochs: int) -> TrainConfig:
+    """Return the training of the judges of 32×32 photographs."""
+    return _cycle(epochs, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16")
+
+
 def _for_accuracy(epochs: int) -> TrainConfig:
     """Return the training of the field's ConvNet-3."""
     shifted = _shifted(0.09375)
@@ -91,7 +88,7 @@ def _for_accuracy(epochs: int) -> TrainConfig:
 RECIPES = {
     "digits-convnet": Recipe(
         purpose="the embedded default: norm-free and trained until it is nearly stationary",
-        **_DIGITS,
+        dataset="digits",
         options=_SMALL,
         training=TrainConfig(
             epochs=200, learning_rate=0.05, weight_decay=5e-3, polish_steps=300, log_every=20
@@ -99,7 +96,7 @@ RECIPES = {
     ),
     "digits-convnet-shuffled": Recipe(
         purpose="control: the same network, made to memorise labels that were shuffled",
-        **_DIGITS,
+        dataset="digits",
         options=_SMALL,
         # little decay and more epochs: at the first recipe's decay it would learn nothing
         training=TrainConfig(epochs=400, learning_rate=0.05, weight_decay=1e-4, log_every=40),
@@ -107,7 +104,7 @@ RECIPES = {
     ),
     "digits-robust": Recipe(
         purpose="the same network, trained on digits moved against it (ℓ2, 1): pictures one reads",
-        **_DIGITS,
+        dataset="digits",
         options=_SMALL,
         training=TrainConfig(
             epochs=100,
@@ -128,7 +125,7 @@ RECIPES = {
     ),
     "digits-judge": Recipe(
         purpose="judge: another architecture, other weights, trained on the real digits only",
-        **_DIGITS,
+        dataset="digits",
         options={"width": 48, "depth": 3, "norm": "instance"},
         training=TrainConfig(
             epochs=40,
@@ -142,19 +139,18 @@ RECIPES = {
     ),
     "cifar10-convnet": Recipe(
         purpose="32×32 photographs: the field's ConvNet-3 (width 128, instance norm), for accuracy",
-        **_CIFAR10,
-        options={},
+        dataset="cifar10",
         training=_for_accuracy(30),
     ),
     "cifar10-ordinary": Recipe(
         purpose="32×32 photographs: norm-free, with a decay that has taken hold when training ends",
-        **_CIFAR10,
+        dataset="cifar10",
         options={"norm": "none", "width": 64},
         training=_cycle(22, 0.06, 3e-3, precision="bfloat16"),
     ),
     "cifar10-stationary": Recipe(
         purpose="32×32 photographs: `cifar10-ordinary` brought nearer to a stationary point",
-        **_CIFAR10,
+        dataset="cifar10",
         options={"norm": "none", "width": 64},
         # averaged against the noise of the batches; no augmentation, since the condition has none
         training=TrainConfig(
@@ -164,13 +160,13 @@ RECIPES = {
     ),
     "cifar10-robust": Recipe(
         purpose="32×32 photographs: norm-free, trained on images moved against it (ℓ2, 0.5)",
-        **_CIFAR10,
+        dataset="cifar10",
         options={"norm": "none"},
         training=_against(0.5, epochs=9, precision="bfloat16"),
     ),
     "cifar10-robust-64": Recipe(
         purpose="the same of half the width and fewer epochs: a worse classifier, a better teacher",
-        **_CIFAR10,
+        dataset="cifar10",
         options={"norm": "none", "width": 64},
         training=_against(0.5, epochs=5),
     ),
@@ -178,12 +174,11 @@ RECIPES = {
         purpose="judge of 32×32 photographs: a ResNet-18 of a quarter of the width",
         dataset="cifar10",
         **_JUDGE,
-        training=_cycle(10, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
+        training=_for_judging(10),
     ),
     "cifar100-robust": Recipe(
         purpose="a hundred classes of 32×32 photographs: norm-free, images moved (ℓ2, 0.25)",
         dataset="cifar100",
-        architecture="convnet",
         options={"norm": "none", "width": 64},
         training=_against(0.25, epochs=10, precision="bfloat16"),
     ),
@@ -191,18 +186,16 @@ RECIPES = {
         purpose="judge of the hundred classes: a ResNet-18 of a quarter of the width",
         dataset="cifar100",
         **_JUDGE,
-        training=_cycle(8, 0.1, 5e-4, augmentation=_shifted(0.125), precision="bfloat16"),
+        training=_for_judging(8),
     ),
     "cifar100-convnet": Recipe(
         purpose="a hundred classes of 32×32 photographs: the field's ConvNet-3, instance norm",
         dataset="cifar100",
-        architecture="convnet",
-        options={},
         training=_for_accuracy(15),
     ),
     "imagenette-64-convnet": Recipe(
         purpose="64×64 photographs: norm-free, as `cifar10-ordinary` one block deeper",
-        **_IMAGENETTE,
+        dataset="imagenette-64",
         options=_DEEP | {"norm": "none"},
         # 9,469 images: small batches give the steps that learning takes
         training=_cycle(16, 0.04, 2e-3, batch_size=32),
@@ -216,13 +209,13 @@ RECIPES = {
     ),
     "imagenette-64-robust": Recipe(
         purpose="64×64 photographs: `imagenette-64-convnet` trained on images moved (ℓ2, 1)",
-        **_IMAGENETTE,
+        dataset="imagenette-64",
         options=_DEEP | {"norm": "none"},
         training=_against(1.0, epochs=12, batch_size=64, precision="bfloat16"),
     ),
     "imagenette-64-judge": Recipe(
         purpose="judge of Imagenette: at half the size, with batch norm and max pooling",
-        **_IMAGENETTE,
+        dataset="imagenette-64",
         image_size=32,  # which also makes it more of a stranger to what it reads
         options=_DEEP | {"norm": "batch", "pooling": "max"},
         training=_cycle(16, 0.08, 5e-4, batch_size=64, augmentation=_shifted(0.125)),

@@ -23,7 +23,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,19 +97,22 @@ def write_json(path: Path, value: object) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def code_cells(notebook: Path) -> list[str]:
-    """Return the sources of a notebook's code cells, without those that papermill injected."""
+def tagged_cells(notebook: Path) -> list[tuple[str, set[str]]]:
+    """Return the source and the tags of each of a notebook's code cells."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        code = [cell for cell in cells if cell["cell_type"] == "code"]
-        tags = [cell.get("metadata", {}).get("tags", []) for cell in code]
         return [
-            "".join(cell["source"])
-            for cell, tagged in zip(code, tags, strict=True)
-            if "injected-parameters" not in tagged
+            ("".join(cell["source"]), set(cell.get("metadata", {}).get("tags", ())))
+            for cell in cells
+            if cell["cell_type"] == "code"
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DsvError(f"{notebook.name}: expected a Jupyter notebook, got {error}") from error
+
+
+def code_cells(notebook: Path) -> list[str]:
+    """Return the sources of a notebook's code cells, without those that papermill injected."""
+    return [source for source, tags in tagged_cells(notebook) if "injected-parameters" not in tags]
 
 
 def result_sources() -> list[Path]:
@@ -291,17 +295,13 @@ class Run:
         """
         from companion.figures import DPI, write_figure
 
-        self._check_open(name)
         if len(alt.split()) < 3:
             raise ValueError(f"alt: expected a sentence that states the finding, got {alt!r}")
-        with explain("write", self.directory / name):
-            stem = self.staging / name
-            written = write_figure(
-                fig, stem, alt=alt, badge=self.badge, metadata={"Source": self.notebook}
-            )
+        with self._staged("figure", name, alt=alt, caption=caption) as (stem, written):
+            about = {"Source": self.notebook}
+            written += write_figure(fig, stem, alt=alt, badge=self.badge, metadata=about)
             if data is not None:
                 written.append(_write_data(stem, data))
-            self._write_sidecar("figure", name, written, alt=alt, caption=caption)
         if "matplotlib.pyplot" in sys.modules:  # else an inline backend would draw it once more
             sys.modules["matplotlib.pyplot"].close(fig)
         png = written[0].read_bytes()
@@ -323,12 +323,10 @@ class Run:
         """
         from companion.figures import write_animation
 
-        self._check_open(name)
-        with explain("write", self.directory / name):
-            path = write_animation(list(frames.values()), self.staging / f"{name}.png", alt=alt)
-            self._write_sidecar(
-                "animation", name, [path], alt=alt, caption=caption, frames=list(frames)
-            )
+        staged = self._staged("animation", name, alt=alt, caption=caption, frames=list(frames))
+        with staged as (stem, written):
+            path = write_animation(list(frames.values()), stem.with_name(f"{name}.png"), alt=alt)
+            written.append(path)
         width = next(iter(frames.values())).shape[1]
         return SavedFigure(name, alt, path.read_bytes(), max(width, 640))
 
@@ -336,10 +334,8 @@ class Run:
         self, frame: pd.DataFrame, name: str, *, caption: str | None = None
     ) -> pd.DataFrame:
         """Stage a tidy table as CSV with a sidecar; return it for display."""
-        self._check_open(name)
-        with explain("write", self.directory / name):
-            written = [_write_data(self.staging / name, frame)]
-            self._write_sidecar("table", name, written, caption=caption)
+        with self._staged("table", name, caption=caption) as (stem, written):
+            written.append(_write_data(stem, frame))
         return frame
 
     def save_samples(
@@ -350,21 +346,17 @@ class Run:
         `SupportSet.load` reads it anywhere. Nothing that shows real images of a data set which
         must not be passed on belongs here.
         """
-        self._check_open(name)
-        path = self.staging / f"{name}.safetensors"
-        with explain("write", self.directory / name):
-            samples.save(path)
-            self._write_sidecar("samples", name, [path], caption=caption)
+        with self._staged("samples", name, caption=caption) as (stem, written):
+            written.append(stem.with_name(f"{name}.safetensors"))
+            samples.save(written[0])
         return samples
 
     def save_blind_test(
         self, test: BlindTest, name: str = "blind_test", *, caption: str | None = None
     ) -> BlindTest:
         """Stage a blind test as ``<name>.png``, its key as CSV and a sidecar; return it."""
-        self._check_open(name)
-        with explain("write", self.directory / name):
-            written = test.save(self.staging / name)
-            self._write_sidecar("blind test", name, written, caption=caption)
+        with self._staged("blind test", name, caption=caption) as (stem, written):
+            written += test.save(stem)
         return test
 
     def record(
@@ -466,19 +458,18 @@ class Run:
             "environment": _environment(str(self.parameters.get("device", "auto"))),
         }
 
-    def _write_sidecar(
-        self,
-        kind: str,
-        name: str,
-        written: Sequence[Path],
-        *,
-        alt: str | None = None,
-        caption: str | None = None,
-        **more: object,
-    ) -> None:
-        about = {"kind": kind, "name": name, "caption": caption or "", "alt": alt or "", **more}
-        hashes = {path.name: file_digest(path) for path in written}
-        write_json(self.staging / f"{name}.json", about | self._facts() | {"files": hashes})
+    @contextmanager
+    def _staged(
+        self, kind: str, name: str, *, caption: str | None, alt: str = "", **more: object
+    ) -> Iterator[tuple[Path, list[Path]]]:
+        """Yield a stem and a list for what is written there; put a sidecar beside it at last."""
+        self._check_open(name)
+        stem, written = self.staging / name, list[Path]()
+        with explain("write", self.directory / name):
+            yield stem, written
+            about = {"kind": kind, "name": name, "caption": caption or "", "alt": alt, **more}
+            hashes = {path.name: file_digest(path) for path in written}
+            write_json(self.staging / f"{name}.json", about | self._facts() | {"files": hashes})
 
 
 def read_record(directory: Path) -> dict[str, Any]:

@@ -22,14 +22,7 @@ from typing import Any
 
 from companion import execution
 from companion.data_needs import check_machine, data_sets
-from companion.execution import (
-    cores,
-    end_processes,
-    exclusive,
-    remove_staging,
-    stoppable,
-    usable_home,
-)
+from companion.execution import child_environment, cores, end_processes, exclusive, remove_staging
 from companion.forecast import cut, expected, total
 from companion.ledger.comparison import compare_with_recorded
 from companion.ledger.figure_wall import write_wall
@@ -46,6 +39,7 @@ from companion.runs import (
 )
 from dsvlib._errors import DsvError, RequestError, explain
 from dsvlib._files import PACKAGE, atomic_path, downloads_folder
+from dsvlib.cli import probe
 from dsvlib.data.downloads import FOLDERS, folder_digest
 
 
@@ -135,8 +129,9 @@ def reproduce(
         todo = cut(todo, part)
     check_machine(todo)
     run_id = uuid.uuid4().hex
-    with exclusive(run_id), stoppable():
-        _check_writable()
+    with exclusive(run_id):
+        with explain("write to", own_root()):  # what would fail in each notebook's last cell
+            probe(own_root() / ".staging")
         stale = forget(todo, force=force)
         for job in todo:
             if job not in stale:
@@ -165,15 +160,6 @@ def finish(preset: str, jobs: Sequence[Job], *, echo: Callable[[str], object] = 
     echo(f"figures: {os.path.relpath(page, repository_root())}")
     if text:
         echo(text)
-
-
-def _check_writable() -> None:
-    """Refuse now what would otherwise fail in each notebook's last cell."""
-    probe = own_root() / ".staging" / "probe"
-    with explain("write to", own_root()):
-        with atomic_path(probe) as temporary:
-            temporary.write_text("room for one block")
-        probe.unlink()
 
 
 def schedule(
@@ -206,15 +192,7 @@ def schedule(
     command += ["--prioritize", targets[0]]  # the quickstart: something to look at meanwhile
     command += ["--quiet", "host", "progress", "reason", "rules", "--"]  # "all" hides its errors
     command += targets
-    env = (
-        os.environ
-        | usable_home()
-        | {
-            "DSV_RUN_ID": run_id,
-            "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]),
-            "PYTHONUNBUFFERED": "1",
-        }
-    )
+    env = child_environment(run_id) | {"PYTHONUNBUFFERED": "1"}
     names, ended = {job.name for job in jobs}, set()
     bar = tqdm(total=len(jobs), disable=not sys.stderr.isatty(), leave=False, unit="notebook")
     with log.open("w", encoding="utf-8") as errors, bar:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dsvlib._files import atomic_path, read_safetensors
+from dsvlib._schedule import has_settled
 
 FORMAT = "dsvlib.run-state.v1"
 
@@ -96,7 +97,7 @@ class State:
     def settled(self, tolerance: float) -> bool:
         """Whether the loss changed by less than this fraction between two rows of this stage."""
         own = [row["total"] for row in self.rows[-2:] if row["step"] > self.step - self.local]
-        return len(own) == 2 and abs(own[1] - own[0]) < tolerance * max(abs(own[0]), 1e-12)
+        return has_settled(own, tolerance)
 
 
 class Checkpoint:
@@ -110,7 +111,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], *, every: int, **identity: object) -> None:
         self.path = Path(path)
         self.every = every
-        self.digests = {name: _digest(value) for name, value in identity.items()}
+        self.digests = {name: value_digest(value) for name, value in identity.items()}
         if self.path.is_dir():
             raise ValueError(
                 f"checkpoint: expected a file, got the folder {str(path)!r}; name a file in it"
@@ -171,7 +172,8 @@ def _at(moments: Mapping[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
     return {name: value[keep] if value.ndim else value for name, value in moments.items()}
 
 
-def _digest(value: object) -> str:
+def value_digest(value: object) -> str:
+    """Return the SHA-256 of a value: mappings, sequences, tensors, and what its `repr` says."""
     digest = hashlib.sha256()
     for part in _parts(value):
         digest.update(part)

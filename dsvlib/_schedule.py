@@ -1,8 +1,9 @@
-"""Learning-rate schedules, shared by training, synthesis and the fit of multipliers."""
+"""Learning-rate schedules and when to stop, for training, synthesis and the fit of multipliers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 Schedule = Literal["constant", "cosine", "one-cycle", "halfway"]
@@ -17,3 +18,10 @@ def learning_rate_factor(schedule: Schedule, fraction: float) -> float:
     if schedule == "halfway":
         return 1.0 if fraction < 0.5 else 0.1
     return 1.0
+
+
+def has_settled(last: Sequence[float], tolerance: float) -> bool:
+    """Whether the last two of what is minimised differ by less than this fraction; 0 never."""
+    if len(last) < 2:
+        return False
+    return abs(last[-1] - last[-2]) < tolerance * max(abs(last[-2]), 1e-12)

@@ -9,12 +9,13 @@ it gets in the model, children before parents, and the first that fails is named
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 
@@ -82,21 +83,25 @@ _REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+def graph(value: Tensor) -> Iterator[Node]:
+    """Yield the nodes that autograd would come by on its way back from `value`."""
+    todo, seen = [value.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            todo += [following for following, _ in node.next_functions]
+
+
 def check_not_severed(value: Tensor) -> None:
     """Raise RuntimeError if a `once_differentiable` function stands in the graph of `value`.
 
     PyTorch raises there only when it comes by, and `torch.autograd.grad` with named inputs never
     does: the derivative would be left out without a word.
     """
-    todo, seen = [value.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() in ("torch::autograd::Error", "DelayedError"):
-            raise RuntimeError("a function marked with once_differentiable is differentiated twice")
-        todo += [following for following, _ in node.next_functions]
+    if any(node.name() in ("torch::autograd::Error", "DelayedError") for node in graph(value)):
+        raise RuntimeError("a function marked with once_differentiable is differentiated twice")
 
 
 def explain_failure(model: nn.Module, inputs: Tensor, error: RuntimeError) -> str:

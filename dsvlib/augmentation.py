@@ -11,6 +11,7 @@ that all images share.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -151,7 +152,7 @@ def draw(
     channels, height, width = shape
     affine = brightness = saturation = contrast = keep = noise = None
     if any(strength[name] for name in ("translate", "crop", "scale", "rotate", "flip")):
-        affine = put(_affine(strength, count, (height, width), generator))
+        affine = put(_affine(strength, (height, width), uniform))
     if strength["brightness"]:
         brightness = per_image(strength["brightness"] * uniform(-0.5, 0.5))
     if strength["saturation"]:  # 2u at strength 1
@@ -167,13 +168,12 @@ def draw(
 
 
 def _affine(
-    strength: dict[str, float], count: int, size: tuple[int, int], generator: torch.Generator
+    strength: dict[str, float], size: tuple[int, int], uniform: Callable[[float, float], Tensor]
 ) -> Tensor:
-    """Return matrices [count, 2, 3] from output to input coordinates, as `affine_grid` wants."""
+    """Return matrices [count, 2, 3] from output to input coordinates, as `affine_grid` wants.
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, generator=generator) * (high - low) + low
-
+    `uniform(low, high)` draws a number for each image.
+    """
     height, width = size
     angle = math.radians(strength["rotate"]) * uniform(-1, 1)
     highest = 1 + strength["scale"]

@@ -49,7 +49,10 @@ def main(arguments: Sequence[str] | None = None, register: Register | None = Non
     """Run the command line and exit with its status; `register` adds commands to the app."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words  # accepted anywhere in the line
-    earlier = signal.signal(signal.SIGTERM, _interrupt)
+    # as Ctrl-C, so that kernels end with a run; Windows has no SIGHUP, and nohup ignores it
+    ends = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+    heard = [number for number in ends if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, _interrupt) for number in heard}
     try:
         app = _application(register or _companion())
         status = app([w for w in words if w != "--debug"], prog_name="dsv", standalone_mode=False)
@@ -67,7 +70,8 @@ def main(arguments: Sequence[str] | None = None, register: Register | None = Non
         default = 2 if isinstance(error, typer.TyperException) else 1
         status = _complain(message, getattr(error, "exit_status", default))
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
     raise SystemExit(status if isinstance(status, int) else 0)
 
 

@@ -26,13 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dsvlib._progress import progress_bar
-from dsvlib._validation import (
-    as_labels,
-    check_count,
-    check_inputs,
-    check_number,
-    check_same_length,
-)
+from dsvlib._validation import as_labels, check_count, check_inputs, check_number, check_same_length
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import SampleGradients
 from dsvlib.logits import LossFn

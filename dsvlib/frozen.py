@@ -67,7 +67,7 @@ def read_logits(model: nn.Module, theta: Mapping[str, Tensor], inputs: Tensor) -
     Raises ValueError for a shape that the model cannot read, ValueError or TypeError for an output
     without logits [n, K]; an error of the network's own passes, with a note on where it came from.
     """
-    network, prefix = _unwrapped(model)
+    network, prefix = unwrapped(model)
     state = {name.removeprefix(prefix): value for name, value in theta.items()}
     state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
@@ -110,11 +110,19 @@ def as_logits(output: object) -> Tensor:
     )
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
-    """Return the network inside a wrapper that spreads batches, and what the names begin with."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return model.module, "module."
-    return model, ""
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
+    """Return the network that DataParallel or torch.compile wrapped, and what its names begin with.
+
+    It shares its weights with the wrapper, which puts a prefix before their names.
+    """
+    prefix = ""
+    while True:
+        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        name = "module" if parallel else "_orig_mod"
+        inner = getattr(model, name, None)
+        if not isinstance(inner, nn.Module):
+            return model, prefix
+        model, prefix = inner, f"{prefix}{name}."
 
 
 class _Uncompiled:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from dsvlib._progress import progress_bar
-from dsvlib._second_derivatives import check_not_severed
+from dsvlib._second_derivatives import check_not_severed, graph
 from dsvlib._validation import (
     as_labels,
     check_count,
@@ -84,7 +84,8 @@ class FrozenClassifier:
             self._independent = True
         logits = read_logits(self.model, self.theta, inputs).to(theta.dtype)
         if inputs.requires_grad and torch.is_grad_enabled() and not self._connected:
-            if not _depends(logits, inputs):
+            source = torch.autograd.graph.get_gradient_edge(inputs).node
+            if not any(node is source for node in graph(logits)):
                 raise ValueError(
                     "model: expected logits that can be differentiated in the inputs, got a "
                     "forward pass that cuts the graph; take torch.no_grad, .detach(), .data and "
@@ -157,20 +158,6 @@ class FrozenClassifier:
         )
         # torch 2.8's zeros of that kind would ask for gradients of their own
         return parts if differentiable else tuple(part.detach() for part in parts)
-
-
-def _depends(value: Tensor, source: Tensor) -> bool:
-    """Whether `source` stands in the graph of `value`."""
-    wanted = torch.autograd.graph.get_gradient_edge(source).node
-    todo, seen = [value.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is wanted:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return False
 
 
 def _check_weights(model: nn.Module, params: Mapping[str, Tensor]) -> None:

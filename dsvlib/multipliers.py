@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dsvlib._box_quadratic import minimise
 from dsvlib._progress import progress_bar
-from dsvlib._schedule import learning_rate_factor
+from dsvlib._schedule import has_settled, learning_rate_factor
 from dsvlib._validation import (
     check_choice,
     check_count,
@@ -277,7 +277,7 @@ def _fit_gradient(
             on_step(step, multipliers.clone())
         if step % config.log_every == 0 or step == config.steps:
             rows.append(_row(multipliers, entropies, step=step, distance=float(value)))
-            if _has_converged(rows, config.tolerance):
+            if has_settled([row["distance"] for row in rows[-2:]], config.tolerance):
                 status = Status.CONVERGED
                 break
         if step == config.steps:
@@ -343,13 +343,6 @@ def _distance(theta: Tensor, gradient: Tensor, kind: Distance) -> tuple[Tensor, 
         value = distance(theta, gradient, kind)
         (direction,) = torch.autograd.grad(value, gradient)
     return value.detach(), direction
-
-
-def _has_converged(rows: list[dict[str, float]], tolerance: float) -> bool:
-    if len(rows) < 2 or not tolerance:
-        return False
-    before, now = rows[-2]["distance"], rows[-1]["distance"]
-    return abs(now - before) < tolerance * max(abs(before), 1e-12)
 
 
 # The convex problem ------------------------------------------------------------------------------

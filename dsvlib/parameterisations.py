@@ -11,8 +11,9 @@ decorrelated colours, the same loss moves large shapes and natural colours first
 with x = low + (high − low)·u inside the valid range, f in cycles per pixel, an orthonormal
 transform, bicubic up-sampling, and C a square root of the covariance of natural colours.
 
-Each parameterisation has three functions: `start` draws leaves from noise, `invert` finds those of
-given images, and `image` goes from leaves to x. Leaves are one tensor with a row for each image.
+Each has `shape`, that of one x, and three functions: `start` draws leaves from noise (on the CPU),
+`invert` finds those of given images, and `image` goes from leaves to x, differentiably. Leaves are
+one tensor with a row for each image.
 
 Shapes: x [n, C, H, W] in normalised units; leaves [n, C, h, w] (pixels) or [n, D], where s is
 [C, H, W//2 + 1, 2] (real and imaginary part), the layers P_r are [C, r, r], one after the other,
@@ -24,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -40,23 +41,6 @@ NATURAL_COLOURS = (
     (0.05069996, 0.05780384, 0.06842820),
 )
 MARGIN = 5e-4  # how far from black and white an inverted image is kept: there u has no inverse
-
-
-class Parameterisation(Protocol):
-    """What synthesis needs to know: x as a differentiable function of leaves."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one x."""
-
-    def start(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return leaves of `count` images from noise, drawn on the CPU."""
-
-    def invert(self, inputs: Tensor) -> Tensor:
-        """Return leaves whose image is `inputs` [n, C, H, W]."""
-
-    def image(self, leaves: Tensor) -> Tensor:
-        """Return x [n, C, H, W] of the leaves."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +239,9 @@ class Multiresolution(_InRange):
         if tuple(layer.shape[2:]) == tuple(size):
             return layer
         return F.interpolate(layer, size=size, mode="bicubic", align_corners=False)
+
+
+Parameterisation = Pixels | Fourier | Phase | Multiresolution
 
 
 def colour_root(

@@ -16,13 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dsvlib._validation import (
-    as_labels,
-    check_count,
-    check_finite,
-    check_inputs,
-    check_same_length,
-)
+from dsvlib._validation import as_labels, check_count, check_finite, check_inputs, check_same_length
 from dsvlib.classifiers.architectures import embed
 from dsvlib.data.datasets import AnySplit, Dataset, as_split
 from dsvlib.frozen import device_of, evaluation_mode

@@ -38,6 +38,24 @@ def as_targets(labels: Tensor | Sequence[int]) -> Tensor:
     return as_labels(labels)
 
 
+class Normalised:
+    """Pixels in [0, 1] by x = (pixel − mean) / std, of what knows `mean` and `std` by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest valid pixel in normalised units, each [C]."""
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (0 - mean) / std, (1 - mean) / std
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """Return images with pixels in [0, 1] from normalised `inputs` [n, C, H, W]."""
+        mean, std = (inputs.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (inputs * std + mean).clamp(0, 1)
+
+
 class Described(Protocol):
     """What a data set says about its pixels and classes."""
 
@@ -55,7 +73,7 @@ class Described(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class SupportSet:
+class SupportSet(Normalised):
     """Samples with labels and multipliers, and how to turn their pixels back into images.
 
     Parameters
@@ -143,8 +161,7 @@ class SupportSet:
                 "images: expected a set that knows its normalisation, got none; "
                 "call samples.describe(dataset) first"
             )
-        mean, std = (self.inputs.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (self.inputs.detach() * std + mean).clamp(0, 1)
+        return self.denormalize(self.inputs.detach())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the set as safetensors, whole or not at all; the metadata says how to read it."""

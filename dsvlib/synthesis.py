@@ -38,13 +38,7 @@ from dsvlib._validation import (
     check_number,
     check_steps_possible,
 )
-from dsvlib.augmentation import (
-    AugmentationConfig,
-    Draw,
-    apply,
-    draw,
-    draw_windows,
-)
+from dsvlib.augmentation import AugmentationConfig, Draw, apply, draw, draw_windows
 from dsvlib.conditions import (
     DISTANCES,
     Distance,
@@ -483,8 +477,6 @@ class Stage(NamedTuple):
     size: tuple[int, ...]  # of one sample of pixels: (C, h, w)
     steps: int
     augmentation: AugmentationConfig | None  # None: no augmented term
-    window: int | None = None
-    window_noise: float = 0.0
 
 
 def plan(config: SynthesisConfig, shape: tuple[int, ...]) -> list[Stage]:
@@ -503,8 +495,7 @@ def plan(config: SynthesisConfig, shape: tuple[int, ...]) -> list[Stage]:
             )
         steps = config.steps // len(fractions) + (number < config.steps % len(fractions))
         used = augmentation if config.augmented_weight else None
-        size = (shape[0], height, width)
-        stages.append(Stage(size, steps, used, config.window, config.window_noise))
+        stages.append(Stage((shape[0], height, width), steps, used))
     return stages
 
 
@@ -697,7 +688,7 @@ def _optimise(
         if index > state.stage or not state.step:
             state.enter(index, _inside(_resized(state.x, stage.size), loss.limits))
         for local in progress_bar(range(state.local, stage.steps), "synthesis"):
-            numbers = _draw(stage, loss.written.shape, state)
+            numbers = _draw(config, stage, loss.written.shape, state)
             terms, slopes = loss.differentiate(
                 state.x, state.multipliers, state.labels, numbers, check=not state.step
             )
@@ -724,20 +715,20 @@ def _optimise(
     return status
 
 
-def _draw(stage: Stage, shape: tuple[int, ...], state: State) -> Drawn:
+def _draw(config: SynthesisConfig, stage: Stage, shape: tuple[int, ...], state: State) -> Drawn:
     """Draw windows of X at full size, their noise, and A of what is seen, for every sample."""
     windows = numbers = None
     channels, height, width = shape if len(shape) == 3 else (0, 0, 0)
     to: dict[str, Any] = {"generator": state.generator, "device": state.x.device}
     to["dtype"] = state.x.dtype
-    if stage.window is not None:
-        windows = draw_windows(stage.window, len(state.x), (height, width), **to)
-        height = width = stage.window
-        if stage.window_noise:
+    if config.window is not None:
+        windows = draw_windows(config.window, len(state.x), (height, width), **to)
+        height = width = config.window
+        if config.window_noise:
             noise = torch.randn(
                 len(state.x), channels, height, width, generator=state.generator
             ).to(state.x)
-            windows = windows._replace(noise=stage.window_noise * noise)
+            windows = windows._replace(noise=config.window_noise * noise)
     if stage.augmentation is not None:
         numbers = draw(stage.augmentation, len(state.x), (channels, height, width), **to)
     return Drawn(windows, numbers)

@@ -130,7 +130,7 @@ def test_a_sidecar_that_names_another_file_is_refused(directory: Path) -> None:
 def test_the_ledger_shows_it_as_text() -> None:
     from test_site_content import Row
 
-    row = Row(*[EVIL] * 11)
+    row = Row(EVIL, "partly", *[EVIL] * 9)
     text = content.ledger([row], {EVIL: EVIL}) + content.verdict_summary([row])
     assert_harmless(text, TAGS)
 

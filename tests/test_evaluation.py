@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,8 +11,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dsvlib import EvaluationConfig, SupportSet, TrainConfig, evaluate, evaluation, train
+from dsvlib import (
+    EvaluationConfig,
+    SupportSet,
+    TrainConfig,
+    build_model,
+    evaluate,
+    evaluation,
+    train,
+)
 from dsvlib.augmentation import DSA
+from dsvlib.classifiers.training import logits_of
 from dsvlib.data.datasets import Split
 
 SHORT = EvaluationConfig(training=TrainConfig(epochs=10, batch_size=64, learning_rate=0.05))
@@ -221,3 +232,201 @@ def test_results_differ_from_an_untrained_network(real, test_part):
     idle = EvaluationConfig(training=TrainConfig(epochs=0))
     untrained = evaluate(real, test_part, build_model=network, config=idle, seeds=[0])
     assert untrained.mean < 0.3
+
+
+def convnet(norm: str = "instance") -> nn.Module:
+    return build_model(
+        "convnet", num_classes=10, shape=(1, 16, 16), width=4, depth=2, norm=norm
+    ).double()
+
+
+class Counting(nn.Sequential):
+    """Counts its calls in a buffer, anew or in place, and writes into its input."""
+
+    def __init__(self, *, anew: bool) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(256, 10, dtype=torch.float64))
+        self.anew = anew
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("none", torch.empty(0))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.anew:
+            self.calls = self.calls + 1
+        else:
+            self.calls += 1
+        return super().forward(inputs.sub_(0.5))
+
+
+def frozen_in_part() -> nn.Module:
+    model = convnet()
+    model.features[0].requires_grad_(False)
+    return model
+
+
+def both_ways(
+    samples: SupportSet, test: Split, build: Callable[[], nn.Module], **settings
+) -> list[torch.Tensor]:
+    """Hold networks trained three at once against the same in turn; return the first's weights."""
+    found = []
+    for together in (1, 3):
+        made: list[nn.Module] = []
+
+        def note(made: list[nn.Module] = made) -> nn.Module:
+            made.append(build())
+            return made[-1]
+
+        result = evaluate(
+            samples, test, build_model=note, seeds=[4, 2, 9, 7, 1], together=together, **settings
+        )
+        logits = torch.stack([logits_of(model, test.inputs) for model in made])
+        states = [model.state_dict() for model in made]
+        flags = [(m.training, [p.requires_grad for p in m.parameters()]) for m in made]
+        found.append((result, logits, states, flags))
+    (turn, logits, states, flags), (result, same, again, kept) = found
+    torch.testing.assert_close(same, logits, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(again, states, rtol=1e-7, atol=1e-9)
+    assert torch.equal(result.accuracies, turn.accuracies)
+    assert result.per_class.equals(turn.per_class)
+    assert kept == flags
+    assert not torch.allclose(logits[0], logits[1])
+    return list(states[0].values())
+
+
+def in_double(split: SupportSet | Split, count: int) -> SupportSet:
+    part = split[:count]
+    return SupportSet(part.inputs.double(), part.labels, torch.ones(count))
+
+
+@pytest.fixture
+def never_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the last group, of two, be trained together, too; nothing may take turns unnoticed."""
+    original = evaluation.train_together
+
+    def told(models, *args, **kwargs):
+        reason = original(models, *args, **kwargs)
+        assert reason is None
+        assert len(models) in (2, 3)
+
+    monkeypatch.setattr(evaluation, "train_together", told)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("augmentation", [None, DSA])
+@pytest.mark.parametrize("protocol", ["field_protocol", "paper_protocol"])
+@pytest.mark.usefixtures("never_in_turn")
+def test_networks_trained_together_are_those_trained_in_turn(
+    real, test_part, protocol, augmentation, soft
+):
+    config = getattr(EvaluationConfig, protocol)(epochs=4, augmentation=augmentation)
+    config = replace(config, training=replace(config.training, batch_size=8))  # the last one: 6
+    samples = in_double(real, 22)
+    if soft:
+        rows = 0.9 * nn.functional.one_hot(samples.labels, 10) + 0.01
+        samples = replace(samples, labels=rows.double())
+    before = samples.inputs.clone()
+    both_ways(samples, in_double(test_part, 200), convnet, config=config)
+    assert torch.equal(samples.inputs, before)
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: convnet("batch"), lambda: Counting(anew=False), frozen_in_part]
+)
+@pytest.mark.usefixtures("never_in_turn")
+def test_buffers_and_frozen_weights_are_as_after_training_in_turn(real, test_part, build):
+    state = both_ways(in_double(real, 22), in_double(test_part, 50), build, config=SHORT)
+    assert all(torch.isfinite(value).all() for value in state)
+
+
+def of_two_kinds() -> nn.Module:
+    activation = nn.ReLU() if torch.initial_seed() % 2 else nn.Tanh()  # by evaluate's seed
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10), activation).double()
+
+
+def of_a_batch() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10), nn.BatchNorm1d(10)).double()
+
+
+class ByValue(nn.Sequential):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs if float(inputs.mean()) > 0 else inputs + 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: network(0.5).double(), "random"),
+        (lambda: ByValue(nn.Flatten(), nn.Linear(256, 10)).double(), "item"),
+        (lambda: Counting(anew=True), "logits or buffers differ"),
+        (of_two_kinds, "logits or buffers differ"),
+    ],
+)
+def test_networks_that_cannot_be_stacked_take_turns_and_say_so(real, test_part, build, reason):
+    samples, test = in_double(real, 22), in_double(test_part, 50)
+    with pytest.warns(UserWarning, match=f"one after the other, as with together=1.*{reason}"):
+        both_ways(samples, test, build, config=SHORT)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"average_epochs": 2}, {"polish_steps": 2}, {"precision": "bfloat16"}],
+)
+def test_training_of_one_network_alone_takes_turns(real, test_part, change):
+    config = EvaluationConfig(training=replace(SHORT.training, epochs=3, **change))
+    arguments = {"build_model": network, "config": config, "seeds": [0, 1]}
+    with pytest.warns(UserWarning, match="for one network alone"):
+        found = evaluate(real[:20], test_part[:50], together=2, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turn = evaluate(real[:20], test_part[:50], **arguments)
+    assert torch.equal(found.accuracies, turn.accuracies)
+
+
+def test_ten_at_most_are_trained_together_on_a_gpu_and_one_on_a_cpu(real, test_part, monkeypatch):
+    sizes = []
+
+    def watched(models, *args, **kwargs):
+        sizes.append(len(models))
+        return "left to the loop"
+
+    monkeypatch.setattr(evaluation, "train_together", watched)
+    arguments = {"build_model": network, "seeds": range(13)}
+    arguments["config"] = EvaluationConfig(training=TrainConfig(epochs=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # turns are no surprise where nothing was asked for
+        plain = evaluate(real[:20], test_part[:50], **arguments)
+        assert sizes == []
+        monkeypatch.setattr(evaluation, "device_of", lambda model: torch.device("cuda"))
+        found = evaluate(real[:20], test_part[:50], **arguments)
+    assert sizes == [10, 3]
+    assert torch.equal(found.accuracies, plain.accuracies)
+
+
+def test_training_together_raises_as_training_in_turn_does(real, test_part):
+    samples, test = in_double(real, 22), in_double(test_part, 50)
+    wild = EvaluationConfig(training=TrainConfig(epochs=20, learning_rate=1e30))
+    single = EvaluationConfig(training=TrainConfig(epochs=1, batch_size=7))
+    odd: tuple[tuple[type[Exception], str, Callable[[], nn.Module], EvaluationConfig], ...] = (
+        (FloatingPointError, "in epoch", convnet, wild),
+        (ValueError, "two samples or more", of_a_batch, single),
+        (ValueError, "require grad", lambda: convnet().requires_grad_(False), SHORT),
+    )
+    for kind, message, build, config in odd:
+        for together in (None, 2):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with pytest.raises(kind, match=message):
+                    evaluate(samples, test, build_model=build, config=config, together=together)
+    for wrong in (0, 2.0):
+        with pytest.raises((TypeError, ValueError), match="together"):
+            evaluate(samples, test, build_model=convnet, together=wrong)  # type: ignore[arg-type]
+
+
+def test_a_network_that_does_not_fit_beside_others_takes_turns(real, test_part, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dsvlib.classifiers.training._reads_alike", full)
+    samples, test = in_double(real, 22), in_double(test_part, 50)
+    with pytest.warns(UserWarning, match="out of memory"):
+        both_ways(samples, test, convnet, config=SHORT)

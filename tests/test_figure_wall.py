@@ -1,4 +1,4 @@
-"""The wall and the summary show what whole records say, and name those that are not whole."""
+"""The wall shows what whole records say, and names those that are not whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from checkout import whole_run
 from matplotlib.figure import Figure
 
-from companion.ledger.figure_wall import summary, write_wall
+from companion.ledger.figure_wall import write_wall
 from companion.runs import Run, digest, figures_root, write_json
 
 pytestmark = pytest.mark.usefixtures("checkout")
@@ -75,17 +75,10 @@ def test_only_what_is_committed_is_linked() -> None:
 
 
 def test_run_that_is_not_whole_is_named_and_not_shown() -> None:
-    whole, broken = publish("01_line"), publish("02_more")
+    _, broken = publish("01_line"), publish("02_more")
     (broken / "line.svg").unlink()
     wall = write_wall(figures_root() / "quick").read_text()
     assert "02_more/line.png" not in wall
     assert "<em>No complete run: figures of quick/02_more" in wall
     assert "line.svg is missing; run dsv reproduce --preset quick --only 02_more</em>" in wall
     assert "01_line/line.png" in wall
-    assert summary([whole, broken]) == summary([whole])
-
-
-def test_summary_aligns_the_values() -> None:
-    lines = summary([publish("01_line")]).splitlines()
-    assert lines == ["K1|a  steps   5.00 ± 0.50 %  paper 7", "K12   cosine  0.988"]
-    assert summary([]) == ""

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from companion.recipes import classifier
 from dsvlib import AugmentationConfig, SupportSet, residuals
-from dsvlib.classifiers.architectures import weights_only
 from dsvlib.ranking import VIEWS, best, rank
 from dsvlib.synthesis import BLACK
 
@@ -77,10 +76,3 @@ def test_real_digits_come_before_the_same_under_noise(digits):
     assert (score[:100] > score[100:]).mean() > 0.65  # chance 0.5, three standard errors
     shuffled = dataclasses.replace(both, labels=both.labels.roll(1))
     assert rank(model, shuffled, augmentation=ON_BLACK)["robustness"].mean() < score.mean()
-
-
-def test_weights_only_leaves_biases_and_norms_out():
-    model = build("conv-group")
-    assert list(weights_only(model)) == ["0.weight", "5.weight"]
-    model[0].weight.requires_grad_(False)
-    assert list(weights_only(model)) == ["5.weight"]

@@ -107,6 +107,13 @@ def test_the_notes_for_instructors_are_short() -> None:
     assert len(text("docs/teaching.md").splitlines()) <= 120
 
 
+def test_the_readme_counts_the_claims() -> None:
+    groups = yaml.safe_load(text("companion/ledger/claims.yml"))
+    words = {18: "eighteen", 26: "Twenty-six"}  # another count needs another word there
+    total, papers = sum(map(len, groups.values())), len(groups["papers"])
+    assert f"{words[total]} claims, {words[papers]} of them the papers'" in text("README.md")
+
+
 TABLE = re.compile(
     r"^\| .*\(((?:DSV|PDD|EXT)-\w+)\) \| (.+?) \| (.+?) \| (.+?) \| (.+?), \[(\d\d)\]\(.*\) \|$",
     re.MULTILINE,

@@ -7,7 +7,9 @@ import torch
 
 import dsvlib
 from companion import recipes
+from companion.presets import plan, read_presets
 from companion.trials import as_set, by_job, classifiers, seeded, side_by_side, with_settings
+from dsvlib import SynthesisConfig
 
 
 def drawn(number: int, scale: float) -> float:
@@ -36,7 +38,7 @@ def test_a_job_s_result_depends_on_its_seed_alone(workers: int) -> None:
 
 
 def test_a_line_of_settings_lies_over_a_configuration() -> None:
-    base = dsvlib.SynthesisConfig.digits()
+    base = SynthesisConfig.digits()
     config = with_settings(base, "steps=7 resolutions=(0.5,1.0) steps=9 jitter=0.25")
     assert (config.steps, config.resolutions, config.augmentation.noise) == (9, (0.5, 1.0), 0.25)
     assert config.augmentation.translate == base.augmentation.translate
@@ -69,3 +71,19 @@ def test_the_classifier_is_the_shipped_one_or_one_that_is_trained_on_a_part(
     outputs = [network(data.test.inputs) for network in (own, again, other)]
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("preset", list(read_presets()))
+def test_every_line_of_settings_is_a_configuration(preset: str) -> None:
+    """A line that SynthesisConfig refuses would end a run of hours when it comes to it."""
+    for job in plan(preset):
+        values = job.parameters
+        photographs = values.get("dataset") != "digits"
+        base = SynthesisConfig.photographs() if photographs else SynthesisConfig.digits()
+        lines = list(values.get("settings", []))
+        for own, others in zip(values.get("base", []), values.get("candidates", []), strict=True):
+            lines += [f"{own} {line}" for line in [*others, *values.get("written", [])]]
+        for line in lines:
+            words = [word for word in line.split() if not word.startswith("average=")]
+            config = with_settings(base, " ".join(words))
+            assert config.steps >= 1

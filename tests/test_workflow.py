@@ -152,15 +152,14 @@ def papermill(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     ) -> list[str]:
         ids: list[str] = []
 
-        def start(job: Job, run_id: str, *_: object) -> execution._Running:
+        def start(job: Job, run_id: str, *_: object) -> subprocess.Popen[bytes]:
             ids.append(run_id)
             log = job.build(".log")
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text("Executing: 0%\nthe last words\n\n")
             act(job, run_id)
             env = os.environ | {"DSV_RUN_ID": run_id}
-            process = subprocess.Popen(["sh", "-c", command], env=env, start_new_session=True)
-            return execution._Running(job, run_id, process)
+            return subprocess.Popen(["sh", "-c", command], env=env, start_new_session=True)
 
         def loop(
             jobs: list[Job], _: object, *, run_id: str, echo: Callable[[str], object], **__: object

@@ -1,4 +1,4 @@
-"""What published runs show: their figures, tables and values as a page, and a summary as text.
+"""What published runs show: their figures, tables and values as a page.
 
 All comes from the records and sidecars alone (`read_run` checks them); nothing runs here. What is
 committed has pictures, tables and sidecars only: other files are linked where they lie.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,19 +140,6 @@ def _cells(value: Mapping[str, Any]) -> tuple[str, ...]:
     paper = "" if value["paper"] is None else f"{value['paper']:.4g}"
     shown = measured(value["value"], value["std"], value["unit"])
     return value["claim"], value["name"], shown, str(value["n"]), paper
-
-
-def summary(directories: Iterable[Path]) -> str:
-    """Return the values recorded by whole runs, one line each."""
-    rows = []
-    for directory in directories:
-        with suppress(RecordError):
-            for value in read_run(directory)["values"]:
-                claim, name, shown, _, paper = _cells(value)
-                rows.append((claim, name, shown, paper and f"paper {paper}"))
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def write_wall(folder: Path, report: str = "") -> Path:

@@ -7,14 +7,13 @@ They are executed here, not copied, so that a cell that is run again cannot drif
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from companion.presets import read_parameters
-from companion.runs import figures_root, read_record, repository_root
+from companion.runs import figures_root, read_record, repository_root, tagged_cells
 from dsvlib._errors import RequestError
 
 NOTEBOOK = "05_fewshot_retraining"
@@ -104,10 +103,9 @@ def _protocol(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return what the notebook's tagged cells define, with `parameters` in place of its own."""
     path = repository_root() / "notebooks" / f"{NOTEBOOK}.ipynb"
     scope: dict[str, Any] = {"__name__": NOTEBOOK}
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        tags = TAGS & set(cell.get("metadata", {}).get("tags", []))
-        if tags:
-            exec(compile("".join(cell["source"]), path.name, "exec"), scope)
+    for source, tags in tagged_cells(path):
+        if tags & TAGS:
+            exec(compile(source, path.name, "exec"), scope)
         if "parameters" in tags:
             scope |= parameters
     return scope

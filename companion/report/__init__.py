@@ -25,7 +25,8 @@ from dsvlib._errors import DsvError, RequestError
 from dsvlib._errors import explain as say_why
 from dsvlib._files import atomic_path
 from dsvlib.classifiers.foreign import Classifier
-from dsvlib.data.datasets import Dataset
+from dsvlib.cli import preset_for
+from dsvlib.data.datasets import Dataset, first_of_each
 from dsvlib.explanation import Explanation
 from dsvlib.support_set import SupportSet
 
@@ -163,7 +164,7 @@ def make(
             raise RequestError(f"{name}: expected a whole number from {low} to {high}, got {value}")
     opened, loaded = inputs.opened_with(classifier, data, root, opening)
     wanted = inputs.wanted(opened, classes, per_class)
-    kept = inputs.first_of_each(loaded.train.labels, limit)
+    kept = first_of_each(loaded.train.labels, limit)
     train, test, model = loaded.train[kept], loaded.test, opened.model
     fewest = int(torch.bincount(train.labels, minlength=len(opened.classes)).min())
     if fewest < per_class:
@@ -182,7 +183,7 @@ def make(
         seed,
         wanted.tolist(),
         str(named),
-        stages.settings_of(opened),
+        preset_for(opened)(),
     )
     stage = stages.Stages(parts, inputs.digest(model, train, test, *about), echo)
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 import dsvlib
 from dsvlib._errors import RequestError
+from dsvlib._resume import value_digest
 from dsvlib.classifiers.foreign import TORCHVISION, Classifier
 from dsvlib.classifiers.training import logits_of
 from dsvlib.data.datasets import Dataset, Split
-from dsvlib.data.downloads import CLASSES, FOLDERS
+from dsvlib.data.downloads import KNOWN
 from dsvlib.data.folders import images_of, part_folder
 
-KNOWN = ("digits", *CLASSES, *FOLDERS)
 MOST_MADE = 300  # DSVs on one page
 
 
@@ -106,12 +103,6 @@ def wanted(opened: Classifier, classes: Sequence[int | str] | None, per_class: i
     return wanted
 
 
-def first_of_each(labels: Tensor, limit: int) -> Tensor:
-    """Return the places of at most `limit` images, the first of every class in turn."""
-    rank = pd.Series(labels.numpy()).groupby(labels.numpy()).cumcount()
-    return torch.tensor(np.sort(rank.sort_values(kind="stable").index[:limit].to_numpy()))
-
-
 def _short(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" * (len(names) > 3))
 
@@ -129,8 +120,5 @@ def file_names(data: object, loaded: Dataset) -> list[str] | None:
 
 def digest(model: nn.Module, train: Split, test: Split, *settings: object) -> str:
     """Return what tells one call from another: network, images, labels and settings."""
-    digest = hashlib.sha256(repr((str(model), settings)).encode())
     images = (train.inputs, train.labels, test.inputs, test.labels)
-    for value in (*model.state_dict().values(), *images):
-        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return value_digest((str(model), settings, model.state_dict(), images))[:16]

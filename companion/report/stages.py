@@ -22,7 +22,6 @@ from dsvlib.data.datasets import Split
 from dsvlib.gradients import GRAM_GIGABYTES
 from dsvlib.multipliers import NNLSConfig
 from dsvlib.support_set import SupportSet
-from dsvlib.synthesis import SynthesisConfig
 
 MEMORY = 2.0  # gigabytes for the gradients of training images and their Gram matrix
 MOST_IMAGES = int((MEMORY / GRAM_GIGABYTES) ** 0.5)  # what that Gram matrix admits
@@ -86,11 +85,6 @@ def fitted(model: nn.Module, train: Split) -> dict[str, Any]:
     }
 
 
-def settings_of(opened: Classifier) -> SynthesisConfig:
-    """Return the settings of the synthesis, those that `dsv synthesize` chooses."""
-    return preset_for(opened)()
-
-
 def synthesised(
     opened: Classifier, labels: Tensor, seed: int, steps: Path | None
 ) -> dict[str, Any]:
@@ -102,7 +96,7 @@ def synthesised(
             opened.model,
             labels,
             opened.shape,
-            config=settings_of(opened),
+            config=preset_for(opened)(),
             bounds=opened.bounds,
             generator=torch.Generator().manual_seed(seed),
             checkpoint=steps,

@@ -20,13 +20,13 @@ from companion.blind_test import NAME, BlindTest
 from companion.ledger.claims import blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
 from companion.ledger.prose import plain
-from companion.notebooks import launch_links, normalise, repository_code
-from companion.presets import notebook_names, plan, read_presets
+from companion.notebooks import launch_links, normalise, read_notebook, repository_code
+from companion.presets import check_preset, notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
 from companion.site import content, pictures
 from companion.site.render import render
 from companion.workflow import up_to_date
-from dsvlib._errors import DsvError, RequestError, explain
+from dsvlib._errors import DsvError, explain
 
 DOCUMENTS = ("findings", "questions", "teaching")  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
@@ -39,9 +39,7 @@ def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) 
     The site that was there stays until the new one is whole. Raises RequestError for an unknown
     preset, DsvError where the preset has no complete run, Sphinx is missing or a page has an error.
     """
-    presets = read_presets()
-    if preset not in presets:
-        raise RequestError.unknown("preset", preset, presets)
+    check_preset(preset, read_presets())
     runs = read_runs(figures_root() / preset)
     if all(run.problem for run in runs):
         raise DsvError(
@@ -81,7 +79,12 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
     origins: dict[str, str] = {}
     for name in notebook_names():
         path, where = _notebook_to_show(name, preset)
-        read[name], origins[name] = _read_notebook(path, name), where
+        committed = repository_root() / "notebooks" / f"{name}.ipynb"
+        shown = normalise(read_notebook(path), committed)
+        for cell in shown.cells:
+            if cell.cell_type == "markdown":
+                cell.source = plain(cell.source)
+        read[name], origins[name] = json.loads(json.dumps(shown)), where
     titles = {name: content.notebook_title(notebook, name) for name, notebook in read.items()}
     _write(source / "exercises.md", content.exercises_page(read, titles))
     for name, notebook in read.items():
@@ -186,21 +189,6 @@ def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:
     # what is committed was run at quick
     path = repository_root() / "notebooks" / f"{name}.ipynb"
     return path, content.badge("quick", BADGES["quick"])
-
-
-def _read_notebook(path: Path, name: str) -> dict[str, Any]:
-    import nbformat
-
-    try:
-        executed = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
-        raise DsvError(f"{path.name}: expected a Jupyter notebook, got {error}") from error
-    source = repository_root() / "notebooks" / f"{name}.ipynb"
-    shown = normalise(executed, source)
-    for cell in shown.cells:
-        if cell.cell_type == "markdown":
-            cell.source = plain(cell.source)
-    return dict(json.loads(json.dumps(shown)))
 
 
 def _write(path: Path, text: str) -> None:

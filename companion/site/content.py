@@ -97,7 +97,7 @@ def glossary_script() -> str:
 def verdict_summary(claims: Sequence[ClaimRow]) -> Markup:
     """Return the claims of each verdict as HTML, for the landing page."""
     verdicts = [
-        (verdict, *kind, [claim for claim in claims if _verdict_of(claim) == verdict])
+        (verdict, *kind, [claim for claim in claims if claim.verdict == verdict])
         for verdict, kind in VERDICTS.items()
     ]
     return fragment("ledger.html", "summary", verdicts)
@@ -105,13 +105,8 @@ def verdict_summary(claims: Sequence[ClaimRow]) -> Markup:
 
 def ledger(claims: Sequence[ClaimRow], titles: Mapping[str, str], *, up: str = "") -> Markup:
     """Return the ledger as HTML: one row per claim, none left out; `up` leads to the root."""
-    rows = [(claim, _verdict_of(claim), *VERDICTS[_verdict_of(claim)]) for claim in claims]
+    rows = [(claim, str(claim.verdict), *VERDICTS[claim.verdict]) for claim in claims]
     return fragment("ledger.html", "ledger", rows, titles, up)
-
-
-def _verdict_of(claim: ClaimRow) -> str:
-    """Return the verdict in words; one that is not known counts as not attempted."""
-    return str(claim.verdict) if str(claim.verdict) in VERDICTS else "not attempted"
 
 
 # --- the blind test ------------------------------------------------------------------------------
@@ -265,9 +260,8 @@ def _entry(name: str) -> tuple[str, str, str]:
         return "autoclass", name, ""
     if callable(value):
         return "autofunction", name, ""
-    # A constant has no docstring of its own: autodoc would show that of its type.
-    keys = ", ".join(f"`{key}`" for key in value) if isinstance(value, dict) else ""
-    return "py:data", name, f"Keys: {keys}." if keys else f"`{value!r}`"
+    # a constant has no docstring of its own: autodoc would show that of its type
+    return "py:data", name, f"`{value!r}`"
 
 
 def plain_docstring(lines: Sequence[str]) -> list[str]:

@@ -225,17 +225,6 @@ def build_model(
     return model
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the network that DataParallel or torch.compile wrapped, which shares its weights."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
 def embed(model: nn.Module, inputs: Tensor) -> Tensor:
     """Return the features [n, d] that the model's last linear layer sees, for any classifier."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -256,13 +245,3 @@ def embed(model: nn.Module, inputs: Tensor) -> Tensor:
             "not; define the layer that gives the logits last"
         )
     return seen[-1].flatten(1)
-
-
-def weights_only(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters without biases and the scales of norms, for `params=`.
-
-    These are the tensors with two or more dimensions: kernels and matrices, where weight decay
-    usually acts alone, so that stationarity holds for them only.
-    """
-    named = model.named_parameters()
-    return {name: value for name, value in named if value.ndim > 1 and value.requires_grad}

@@ -21,8 +21,9 @@ from dsvlib._files import (
     file_digest,
     read_safetensors,
 )
-from dsvlib.classifiers.architectures import ModelSpec, build_model, unwrapped
+from dsvlib.classifiers.architectures import ModelSpec, build_model
 from dsvlib.classifiers.imagenet import PACKAGED, load_packaged
+from dsvlib.frozen import unwrapped
 
 FORMAT = "dsvlib.classifier.v1"
 DIGESTS = Path(__file__).with_name("SHA256SUMS")  # of the shipped ones, as sha256sum writes them
@@ -36,7 +37,7 @@ def save_classifier(path: str | os.PathLike[str], model: nn.Module, **metadata: 
     """
     from safetensors.torch import save_file
 
-    model = unwrapped(model)
+    model, _ = unwrapped(model)
     spec = getattr(model, "spec", None)
     if not isinstance(spec, ModelSpec):
         raise TypeError(

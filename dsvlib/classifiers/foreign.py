@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from dsvlib._files import foreign_content
 from dsvlib._validation import check_shaped, suggestion
-from dsvlib.classifiers.architectures import unwrapped
 from dsvlib.classifiers.files import check_state, load_classifier
-from dsvlib.frozen import evaluation_mode, read_logits
+from dsvlib.frozen import evaluation_mode, read_logits, unwrapped
+from dsvlib.support_set import Normalised
 
 TORCHVISION = "torchvision:"
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net")  # of a file's dict
@@ -31,7 +31,7 @@ PREFIXES = ("module.", "model.", "net.")
 
 
 @dataclass(frozen=True, eq=False)
-class Classifier:
+class Classifier(Normalised):
     """A trained network and how to read it: any `nn.Module` from images to logits [n, K].
 
     Parameters
@@ -63,7 +63,7 @@ class Classifier:
     dataset: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", unwrapped(self.model))
+        object.__setattr__(self, "model", unwrapped(self.model)[0])
         object.__setattr__(self, "classes", _class_names(self.classes))
         for field, kind in (("mean", float), ("std", float), ("shape", index)):
             object.__setattr__(self, field, _numbers(field, getattr(self, field), kind))
@@ -86,12 +86,6 @@ class Classifier:
                 f"classes: expected one name for each logit, got classes "
                 f"{len(self.classes)}, logits {logits}; name those that the network has"
             )
-
-    @property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest valid pixel in normalised units, each [C]."""
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return (0 - mean) / std, (1 - mean) / std
 
     def reading(
         self, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]
@@ -304,7 +298,7 @@ def open_classifier(
             f"{known['name']}: expected a callable that returns a torch.nn.Module, got "
             f"{type(model).__name__}; write a function without arguments that builds the network"
         )
-    model = unwrapped(model)
+    model, _ = unwrapped(model)
     if weights is not None:
         load_weights(model, weights)
     if output is not None:

@@ -7,15 +7,18 @@ exactly with all λᵢ = 1/(w·n). This is why decay is part of the gradient her
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
@@ -151,16 +154,7 @@ def train(
             "adversarial: expected a split that knows how its pixels were normalised, got one "
             "without mean and std; pass Split(inputs, labels, mean, std)"
         )
-    optimizer: torch.optim.Optimizer
-    decay, rate = config.weight_decay, config.learning_rate
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(trained, rate, momentum=config.momentum, weight_decay=decay)
-    else:
-        optimizer = torch.optim.Adam(trained, rate, weight_decay=decay)
-    steps = config.epochs * math.ceil(len(inputs) / config.batch_size)
-    scheduler = LambdaLR(
-        optimizer, lambda step: learning_rate_factor(config.schedule, step / max(steps, 1))
-    )
+    optimizer, scheduler = _optimizer(trained, config, len(inputs))
     averaged = AveragedModel(model, use_buffers=True) if config.average_epochs else None
     rows = []
     half = config.precision == "bfloat16" and computes_bfloat16(device)
@@ -190,11 +184,7 @@ def train(
                 if on_batch is not None:
                     on_batch(batch, hits.cpu())
             loss, accuracy = (summed / len(inputs)).tolist()
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"training: expected a finite loss, got {loss} in epoch {epoch}; lower the "
-                    f"learning rate ({rate:g}) or check the inputs"
-                )
+            _check_finite(loss, epoch, config)
             if epoch % config.log_every == 0 or epoch == config.epochs:
                 rows.append((epoch, loss, accuracy, used_rate))
     if averaged is not None:
@@ -203,6 +193,119 @@ def train(
         _polish(model, trained, inputs, labels, config, losses_of)
     optimizer.zero_grad(set_to_none=True)
     return pd.DataFrame(rows, columns=["epoch", "loss", "accuracy", "learning_rate"])
+
+
+def train_together(
+    models: Sequence[nn.Module],
+    split: AnySplit,
+    *,
+    config: TrainConfig,
+    generators: Sequence[torch.Generator],
+) -> str | None:
+    """Train M `models` in place, all in one pass, each as `train` does with its own generator.
+
+    Weights and buffers are stacked, [M, *shape], and vmap reads M batches, [M, b, *sample], at
+    once; the optimisers work entry by entry, so that a stack changes nothing. A first pass is held
+    against each model by itself. Returns None; or, with nothing changed, in words why these models
+    have to be trained one after the other.
+    """
+    if config.adversarial is not None or config.average_epochs or config.polish_steps:
+        return "adversarial images, averages and the polish are for one network alone"
+    if config.precision != "float32":
+        return "bfloat16 is for one network alone"
+    inputs, labels = _check_split(as_split(split))
+    device = device_of(models[0])
+    inputs, labels = inputs.detach().to(device), labels.detach().to(device)
+    _check_last_batch(models[0], inputs, config.batch_size)
+
+    def one(weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return as_logits(functional_call(models[0], (weights, buffers), (x,)))
+
+    read = vmap(one)  # raises where numbers are drawn inside, as by dropout
+    with _training_mode(nn.ModuleList(models), generators[0].initial_seed()):
+        try:
+            weights, buffers = stack_module_state(list(models))
+            if not _reads_alike(read, models, weights, buffers, inputs[: config.batch_size]):
+                return "logits or buffers differ from those of each network by itself"
+        except Exception as error:  # networks that torch.func cannot transform, or too many
+            return " ".join(str(error).split())[:200]
+        trained = [value for value in weights.values() if value.requires_grad]
+        if not trained:
+            return "no parameter requires grad"
+        optimizer, scheduler = _optimizer(trained, config, len(inputs))
+        for epoch in progress_bar(range(1, config.epochs + 1), "training together"):
+            summed = torch.zeros((), device=device)
+            orders = [_batches(len(inputs), config.batch_size, own) for own in generators]
+            for batches in zip(*orders, strict=True):
+                batch = torch.stack(batches)
+                x, y = inputs[batch], labels[batch]
+                if config.augmentation is not None:
+                    x = torch.stack(
+                        [
+                            augment(own, config.augmentation, generator=generator)
+                            for own, generator in zip(x, generators, strict=True)
+                        ]
+                    )
+                logits = read(weights, buffers, x).to(x.dtype).flatten(0, 1)
+                losses = cross_entropy(logits, y.flatten(0, 1)).unflatten(0, batch.shape)
+                optimizer.zero_grad(set_to_none=True)
+                losses.mean(dim=1).sum().backward()
+                optimizer.step()
+                scheduler.step()
+                summed += losses.detach().sum()
+            _check_finite(float(summed) / (len(models) * len(inputs)), epoch, config)
+    with torch.no_grad():
+        for number, model in enumerate(models):
+            for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
+                value.copy_((weights if name in weights else buffers)[name][number])
+    return None
+
+
+def _reads_alike(
+    read: Callable[..., Tensor],
+    models: Sequence[nn.Module],
+    weights: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    x: Tensor,
+) -> bool:
+    """Whether one pass over stacked networks gives the logits and buffers of each by itself."""
+    stacked = {name: value.clone() for name, value in buffers.items()}
+    logits = read(weights, stacked, torch.stack([x] * len(models))).detach()
+    pairs = []
+    for number, model in enumerate(models):
+        alone = copy.deepcopy(model)
+        with torch.no_grad():
+            pairs.append((logits[number], as_logits(alone(x.clone()))))
+        pairs += [(stacked[name][number], value) for name, value in alone.named_buffers()]
+    return all(
+        torch.equal(found, own) or bool((found - own).abs().max() <= 0.01 * own.abs().max())
+        for found, own in pairs
+    )
+
+
+def _optimizer(
+    trained: list[Any], config: TrainConfig, count: int
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Return the optimiser of `trained` and its schedule over the epochs on `count` samples."""
+    optimizer: torch.optim.Optimizer
+    decay, rate = config.weight_decay, config.learning_rate
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(trained, rate, momentum=config.momentum, weight_decay=decay)
+    else:
+        optimizer = torch.optim.Adam(trained, rate, weight_decay=decay)
+    steps = config.epochs * math.ceil(count / config.batch_size)
+    scheduler = LambdaLR(
+        optimizer, lambda step: learning_rate_factor(config.schedule, step / max(steps, 1))
+    )
+    return optimizer, scheduler
+
+
+def _check_finite(loss: float, epoch: int, config: TrainConfig) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"training: expected a finite loss, got {loss} in epoch {epoch}; lower the "
+            f"learning rate ({config.learning_rate:g}) or check the inputs"
+        )
 
 
 def computes_bfloat16(device: torch.device) -> bool:
@@ -306,7 +409,7 @@ def _check_last_batch(model: nn.Module, inputs: Tensor, size: int) -> None:
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     try:
         with _training_mode(model, 0), torch.no_grad():
-            torch.func.functional_call(model, buffers, (inputs[:1],))
+            functional_call(model, buffers, (inputs[:1],))
     except ValueError as error:
         raise ValueError(
             f"batch_size: expected two samples or more in each batch under batch norm, got one in "
@@ -314,14 +417,20 @@ def _check_last_batch(model: nn.Module, inputs: Tensor, size: int) -> None:
         ) from error
 
 
-def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int = 1000) -> Tensor:
-    """Return the logits of all `inputs` [n, K], batch by batch, without a graph."""
+def logits_of(model: nn.Module, inputs: Tensor, *, batch_size: int | None = None) -> Tensor:
+    """Return the logits of all `inputs` [n, K], batch by batch, without a graph.
+
+    `batch_size` None: 1,000, or on a CPU as many as its allocator keeps and reuses the memory of.
+    """
     like = next((p for p in model.parameters() if p.is_floating_point()), inputs)
     if inputs.dtype != like.dtype:
         raise ValueError(
             f"inputs: expected {like.dtype} as the model's parameters, got {inputs.dtype}; move "
             f"one to the other with .to(…)"
         )
+    if batch_size is None:
+        few = max(8, 65536 // inputs.shape[2:].numel())
+        batch_size = few if like.device.type == "cpu" else 1000
     with evaluation_mode(model), torch.no_grad():
         batches = (batch.to(like.device) for batch in inputs.split(batch_size))
         return torch.cat([read_logits(model, {}, batch) for batch in batches])

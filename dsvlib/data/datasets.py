@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from dsvlib._files import downloads_folder
 from dsvlib._validation import as_labels, check_same_length, suggestion
 from dsvlib.data.folders import SeveralSizes, read_folder
+from dsvlib.support_set import Normalised, SupportSet
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -49,18 +50,6 @@ KNOWN_CIFAR = {
 }
 
 
-class Labelled(Protocol):
-    """Anything that can be trained on or tested on: a `Split` or a `SupportSet`."""
-
-    @property
-    def inputs(self) -> Tensor:
-        """Normalised inputs [n, C, H, W]."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels int64 [n] or float [n, K]."""
-
-
 @dataclass(frozen=True, eq=False)
 class Split:
     """One part of a data set: `inputs` [n, C, H, W] and `labels` [n].
@@ -87,6 +76,7 @@ class Split:
         return replace(self, inputs=self.inputs.to(device), labels=self.labels.to(device))
 
 
+Labelled = Split | SupportSet  # what can be trained on or tested on
 # A part of a data set as users have it: ours, or any torch Dataset or DataLoader of (image, label).
 AnySplit = Labelled | torch.utils.data.Dataset[Any] | Iterable[Any]
 
@@ -150,7 +140,7 @@ def _pair(item: Any, number: int, batched: bool) -> tuple[Tensor, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(Normalised):
     """Training and test images with everything that is needed to read them.
 
     `mean` and `std` hold one number per channel, for pixels in [0, 1].
@@ -168,17 +158,6 @@ class Dataset:
         """Shape (C, H, W) of one image."""
         channels, height, width = self.train.inputs.shape[1:]
         return channels, height, width
-
-    @property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest valid pixel in normalised units, each [C]."""
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return (0 - mean) / std, (1 - mean) / std
-
-    def denormalize(self, inputs: Tensor) -> Tensor:
-        """Return images with pixels in [0, 1] from normalised `inputs` [n, C, H, W]."""
-        mean, std = (inputs.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (inputs * std + mean).clamp(0, 1)
 
     @cached_property
     def digest(self) -> str:
@@ -263,14 +242,18 @@ def load_dataset(
     return Dataset(name, pixels.classes, mean, std, *splits)
 
 
+def first_of_each(labels: Tensor, limit: int) -> Tensor:
+    """Return the places of at most `limit` samples, the first of every class in turn."""
+    one_hot = F.one_hot(labels)
+    rank = (one_hot.cumsum(0) * one_hot).sum(1)  # of each sample within its class
+    return torch.sort(rank, stable=True).indices[:limit].sort().values
+
+
 def _prepare(
     images: Tensor, labels: Tensor, image_size: int | None, limit: int | None
 ) -> tuple[Tensor, Tensor]:
     if limit is not None and limit < len(labels):
-        # rank of each image within its class, so that a small limit stays balanced
-        one_hot = F.one_hot(labels)
-        rank = (one_hot.cumsum(0) * one_hot).sum(1)
-        keep = torch.sort(rank, stable=True).indices[:limit].sort().values
+        keep = first_of_each(labels, limit)
         images, labels = images[keep], labels[keep]
     if image_size is not None and images.shape[-2:] != (image_size, image_size):
         images = F.interpolate(

@@ -26,6 +26,7 @@ CLASSES = {
     "fashion_mnist": "FashionMNIST",
 }
 FOLDERS = ("imagenette-64",)
+KNOWN = ("digits", *CLASSES, *FOLDERS)
 CIFAR = ("cifar10", "cifar100")  # downloaded, or folders of images as well
 
 
@@ -139,8 +140,7 @@ def verify(name: str, root: Path) -> tuple[bool, str]:
         count, listing = folder_digest(folder)
         return True, f"{count} files, sha256 of the listing {listing}"
     if name not in CLASSES:
-        known = ("digits", *CLASSES, *FOLDERS, "folder:PATH")
-        raise RequestError.unknown("data set", name, known)
+        raise RequestError.unknown("data set", name, (*KNOWN, "folder:PATH"))
     found = states(name, root)
     wrong = [f"{path} is {what}" for path, what in found.items() if what != "whole"]
     if not wrong:

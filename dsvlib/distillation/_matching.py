@@ -251,14 +251,14 @@ class Matching:
 
 
 def in_parts(network: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """Return images [n, C, H, W] in parts whose activations stay in a CPU's cache.
+    """Return images [n, C, H, W] in parts whose activations a CPU's allocator keeps and reuses.
 
     On other devices, and for batch norms that read their batch, all are one part.
     """
     norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     together = any(m.training or not m.track_running_stats for m in norms)
     height, width = images.shape[2:]
-    pixels = 8192 if torch.is_grad_enabled() else 16384
+    pixels = 32768 if torch.is_grad_enabled() else 16384
     few = len(images) if together or images.device.type != "cpu" else pixels // (height * width)
     return images.split(max(1, few))
 

@@ -170,7 +170,7 @@ class _ClassGradients:
         """
         if not self._checked:
             self._checked = True
-            self._looped = len(in_parts(network, images.flatten(0, 1))) > 4
+            self._looped = len(in_parts(network, images.flatten(0, 1))) > 1
             self._compare(network, images)
         return _looped(network, images) if self._looped else _batched(network, images)
 
