@@ -27,6 +27,7 @@ from PIL import Image
 
 from companion.execution import exclusive
 from companion.ledger.claims import claim_ids
+from companion.ledger.prose import plain
 from companion.presets import notebook_names, plan, read_parameters, read_presets
 from companion.runs import code_cells, digest, library_digest, repository_root
 from companion.workflow import up_to_date
@@ -94,7 +95,7 @@ def normalise(executed: Any, source: Path) -> Any:
     """Strip from an executed notebook what differs between two equal runs.
 
     That is papermill's own cell and metadata, times, paths, progress lines and a second copy of
-    each picture as SVG.
+    each picture as SVG. The text between the cells is that of `source`, if code is the same.
     """
     executed.cells = [
         cell
@@ -106,6 +107,7 @@ def normalise(executed: Any, source: Path) -> Any:
         "language_info": {"name": "python"},
         "dsvlib": {"cells": digest(code_cells(source)), "library": library_digest()},
     }
+    executed.cells = _with_present_text(executed.cells, source)
     number = 0
     for cell in executed.cells:
         for key in ("papermill", "execution", "ExecuteTime"):
@@ -120,6 +122,18 @@ def normalise(executed: Any, source: Path) -> Any:
                 if "execution_count" in output:
                     output.execution_count = number
     return executed
+
+
+def _with_present_text(cells: list[Any], source: Path) -> list[Any]:
+    """Return executed cells among the present text, which may have been mended since the run."""
+    import nbformat
+
+    present = nbformat.read(source, as_version=4).cells
+    ran = [cell for cell in cells if cell.cell_type == "code"]
+    if [cell.source for cell in ran] != [c.source for c in present if c.cell_type == "code"]:
+        return cells  # outputs of other code: the digest tells
+    code = iter(ran)
+    return [next(code) if cell.cell_type == "code" else cell for cell in present]
 
 
 def _normalise_output(output: Any) -> Any:
@@ -225,7 +239,8 @@ def _check_notebook(path: Path, notebook: Any) -> Iterator[str]:
         yield "expected the last code cell to call run.complete()"
     yield from _check_claims(notebook)
     yield from exercise_problems(notebook)
-    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type != "code")
+    texts = [plain(cell.source) for cell in notebook.cells if cell.cell_type != "code"]
+    words = sum(len(text.split()) for text in texts)
     if len(notebook.cells) > MAX_CELLS or words > MAX_WORDS:
         yield (
             f"has {len(notebook.cells)} cells and {words} words; expected at most {MAX_CELLS} and "
@@ -299,6 +314,9 @@ def student_copy(notebook: Any, name: str) -> Any:
     without = TagRemovePreprocessor(enabled=True, remove_cell_tags={"solution"})
     for step in (without, ClearOutputPreprocessor(enabled=True)):
         student, _ = step(student, {})
+    for cell in student.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source)
     about = nbformat.v4.new_markdown_cell(_header(name), id="student-about")
     student.cells[1:1] = [about]
     if repository := repository_code():

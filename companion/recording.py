@@ -14,10 +14,11 @@ from PIL import Image
 from companion.execution import exclusive
 from companion.ledger.claims import write_claims
 from companion.ledger.figure_wall import write_wall
+from companion.ledger.prose import write_numbers
 from companion.ledger.results import write_results
-from companion.notebooks import less_wide, refresh_notebooks
+from companion.notebooks import less_wide, refresh_notebooks, write_student_copies
 from companion.presets import Job, plan
-from companion.runs import copy_recorded, figures_root, git_state, read_record
+from companion.runs import copy_recorded, figures_root, git_state, read_record, repository_root
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
 
@@ -37,7 +38,8 @@ def record(
     """Copy whole runs of this checkout into what git tracks, with ledger, results and outputs.
 
     `device` and `data_root` are those of the run. Raises DsvError, before anything is written,
-    unless the checkout is a clean commit and every run was made from one, by the present code.
+    unless the checkout is a clean commit and every run was made from one, by the present code; and
+    at the end where a number in the text has a source that is not recorded.
     """
     if preset == "smoke":
         raise RequestError("a smoke run is no result and is not recorded; choose another --preset")
@@ -58,6 +60,12 @@ def record(
     if preset == IN_NOTEBOOKS:
         refresh_notebooks(preset, only)
     echo(f"{len(jobs)} runs of preset {preset} recorded; look at git diff, then commit")
+    try:
+        changed = [path.relative_to(repository_root()).as_posix() for path in write_numbers()]
+    finally:
+        write_student_copies()  # they repeat the text
+    if changed:
+        echo(f"numbers in the text changed: {', '.join(changed)}; do the sentences still hold?")
 
 
 def _check(job: Job) -> None:

@@ -24,6 +24,7 @@ nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_dmath_double_inline = True
+nb_render_markdown_format = "myst"  # formulas in what cells show
 mathjax_path = "vendor/mathjax/tex-svg.js"
 # Notebooks are written to be read from the first cell on; their headings may skip a level.
 suppress_warnings = ["myst.header"]

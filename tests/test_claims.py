@@ -92,13 +92,13 @@ def row(claim: str, preset: str = "quick", root: Path | None = None):
     return next(row for row in claim_rows(preset, root) if row.id == claim)
 
 
-def test_claim_without_a_run_is_red_and_never_missing() -> None:
+def test_claim_without_a_run_is_told_and_never_missing() -> None:
     rows = claim_rows()
     assert [r.id for r in rows if r.group == "papers"] == PAPER_IDS
     assert {r.verdict for r in rows} == {Verdict.NOT_ATTEMPTED}
     assert all(r.reason and r.where and r.statement and r.tolerance and r.paper for r in rows)
     assert all(r.necessary and all((r.necessary | r.further).values()) for r in rows)
-    assert markdown(rows).count("🔴 **not attempted**") == len(rows)
+    assert markdown(rows).count("⚫ **not attempted**") == len(rows)
 
 
 def test_no_verdict_is_typed_into_the_data_file() -> None:

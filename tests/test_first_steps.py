@@ -228,3 +228,4 @@ def test_the_version_is_one():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     headings = re.findall(r"^## \[([^]]+)\](.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert dsvlib.__version__ == version == citation["version"] == headings[0][0]
+    assert headings[0][1] in {" – unreleased", f" – {citation['date-released']}"}

@@ -74,6 +74,19 @@ def test_refresh_keeps_what_is_equal_between_two_equal_runs(checkout: Path) -> N
     assert result.execution_count == 2
 
 
+def test_text_that_was_mended_after_the_run_is_kept(checkout: Path) -> None:
+    run_without_kernel([nbformat.v4.new_output("stream", text="5 steps\n")])
+    path = checkout / "notebooks" / "01_line.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source += ", mended"
+    notebook.cells.append(nbformat.v4.new_markdown_cell("And more."))
+    nbformat.write(notebook, path)
+    assert refresh_notebooks() == ["01_line"]
+    refreshed = nbformat.read(path, as_version=4).cells
+    assert [c.source for c in refreshed] == [c.source for c in notebook.cells]
+    assert refreshed[2].outputs[0].text == "5 steps\n"
+
+
 def test_outputs_of_an_older_run_than_the_figures_are_refused(checkout: Path) -> None:
     run_without_kernel([])
     (job,) = plan()

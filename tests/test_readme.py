@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import importlib
 import json
@@ -15,6 +14,7 @@ import yaml
 
 import dsvlib
 from companion.ledger.claims import claim_rows
+from companion.ledger.prose import plain, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "data/README.md", "notebooks/README.md")
@@ -91,7 +91,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 def test_every_notebook_has_ten_questions_with_ten_answers() -> None:
     sections = re.split(r"^## ", text("docs/questions.md"), flags=re.MULTILINE)[1:]
     notebooks = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    for path, section in zip(notebooks, sections, strict=True):
+    for path, section in zip(notebooks, map(plain, sections), strict=True):
         title = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"][0]
         assert section.startswith(f"{title.removeprefix('# ').strip()}\n"), path.name
         assert f"](../notebooks/{path.name})" in section
@@ -107,6 +107,13 @@ def test_the_notes_for_instructors_are_short() -> None:
     assert len(text("docs/teaching.md").splitlines()) <= 120
 
 
+def test_the_readme_counts_the_claims() -> None:
+    groups = yaml.safe_load(text("companion/ledger/claims.yml"))
+    words = {18: "eighteen", 26: "Twenty-six"}  # another count needs another word there
+    total, papers = sum(map(len, groups.values())), len(groups["papers"])
+    assert f"{words[total]} claims, {words[papers]} of them the papers'" in text("README.md")
+
+
 TABLE = re.compile(
     r"^\| .*\(((?:DSV|PDD|EXT)-\w+)\) \| (.+?) \| (.+?) \| (.+?) \| (.+?), \[(\d\d)\]\(.*\) \|$",
     re.MULTILINE,
@@ -115,20 +122,17 @@ PRESETS = {"digits": "quick", "CIFAR-10": "cifar10"}
 
 
 def test_rows_of_the_readme_are_recorded() -> None:
-    """Each number in the column `ours` is a recorded value of its claim, rounded as it is there."""
+    """Each number in the column `ours` names the recorded value of its claim that it is."""
     rows = TABLE.findall(text("README.md"))
     assert len(rows) == 8
     for claim, ours, paper, verdict, data, notebook in rows:
         preset = PRESETS[data]
         (known,) = (row for row in claim_rows(preset) if row.id == claim)
         assert (verdict, notebook) == (known.verdict.value, known.notebook[:2]), claim
-        with (ROOT / "data" / "results" / f"{preset}.csv").open(encoding="utf-8") as file:
-            values = [row for row in csv.DictReader(file) if row["claim"] == claim]
-        cells = [row[name] for row in values for name in ("value", "std", "low", "high")]
-        recorded = [float(cell) for cell in cells if cell]
-        for number in re.findall(r"(?<![\w.-])-?\d+(?:\.\d+)?", ours.replace("−", "-")):
-            places = len(number.partition(".")[2])
-            assert any(f"{value:.{places}f}" == number for value in recorded), (claim, number)
+        sources = re.findall(r"\d<!-- (\S+) (\S+) ", ours)  # test_prose holds the values
+        numbers = re.findall(r"(?<![\w.-])\d+(?:\.\d+)?", plain(ours))
+        assert sources == [(preset, claim)] * len(numbers), claim
+        values = [row for (_, named, _), row in recorded().items() if named == claim]
         papers = known.paper + " ".join(row["paper_value"] for row in values)
         for number in re.findall(r"\d+\.\d+", paper):
             assert number in papers, (claim, number)

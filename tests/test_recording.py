@@ -114,6 +114,23 @@ def test_recording_copies_pictures_tables_and_records(checkout: Path) -> None:
     assert git(checkout, "status", "--porcelain") == "", "recording again changes nothing"
 
 
+def test_recording_fills_the_numbers_in_the_text(checkout: Path) -> None:
+    (checkout / "README.md").write_text("took 0<!-- quick K1 steps :.0f --> steps\n")
+    commit(checkout)
+    (job,) = plan()
+    publish(job, steps=7)
+    said: list[str] = []
+    record(echo=said.append)
+    assert (checkout / "README.md").read_text() == "took 7<!-- quick K1 steps :.0f --> steps\n"
+    assert said[1:] == ["numbers in the text changed: README.md; do the sentences still hold?"]
+    (checkout / "README.md").write_text("took 7<!-- quick K1 stops :.0f --> steps\n")
+    commit(checkout)
+    publish(job, steps=8)
+    with pytest.raises(DsvError, match="no record holds it; correct its name"):
+        record(echo=said.append)
+    assert read_record(job.recorded)["values"][0]["value"] == 8, "what was recorded stays so"
+
+
 def test_recording_refuses_what_is_not_clean_whole_and_of_this_code(checkout: Path) -> None:
     (job,) = plan()
     with pytest.raises(DsvError, match=r"01_line: expected a whole run here by the present code"):

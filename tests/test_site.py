@@ -31,6 +31,7 @@ NOTEBOOKS = sorted(path.stem for path in (HTML.parents[2] / "notebooks").glob("[
 EXPECTED = [
     *(
         "index",
+        "findings",
         "claims",
         "blind-test",
         "exercises",
@@ -48,6 +49,7 @@ EXPECTED = [
 # one page of each kind, for what would take long on all of them
 KINDS = [
     "index",
+    "findings",
     "claims",
     "exercises",
     "questions",
@@ -286,10 +288,20 @@ def test_home_is_short(open_page: Any) -> None:
     assert height < 3 * DESK["height"]
 
 
-def test_a_picture_opens_large_and_closes_by_escape(open_page: Any) -> None:
-    page = open_page("wall/quick", viewport=PHONE)
-    page.click(".card a.picture")
+@pytest.mark.parametrize(
+    ("name", "picture"),
+    [("wall/quick", ".card a.picture"), (f"notebooks/{NOTEBOOKS[1]}", ".cell_output img")],
+)
+def test_a_picture_opens_large_and_closes_by_escape(
+    open_page: Any, name: str, picture: str
+) -> None:
+    page = open_page(name, viewport=PHONE)
+    here = page.url
+    page.click(picture)
+    assert page.url == here
     assert page.evaluate("document.querySelector('.lightbox').open") is True
+    size = "document.querySelector('.lightbox img').getBoundingClientRect().width"
+    assert page.evaluate(size) > PHONE["width"], "larger than the page can show it"
     assert page.eval_on_selector(".lightbox img", "image => image.alt") != ""
     page.keyboard.press("Escape")
     page.wait_for_function("!document.querySelector('.lightbox').open")

@@ -38,6 +38,7 @@ from dsvlib._files import PACKAGE
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = make_checkout(tmp_path, monkeypatch)
     (root / "docs").mkdir()
+    (root / "docs/findings.md").write_text("# Found\n\n[pictures](../figures/quick/README.md)\n")
     (root / "docs/questions.md").write_text("# Ten\n\n[first](../notebooks/01_line.ipynb)\n")
     (root / "docs/teaching.md").write_text(
         "# Notes\n\n[ten](questions.md), [all](../figures/claims/quick.md), [`copies`](../data)\n"
@@ -182,7 +183,7 @@ ROWS = [
 ]
 
 
-def test_ledger_has_every_claim_in_words_and_red_where_nothing_ran() -> None:
+def test_ledger_has_every_claim_in_words_also_where_nothing_ran() -> None:
     text = content.ledger(ROWS, {"01_line": "01"})
     tags = Tags(text)
     rows = [row for row in tags.all("tr") if "id" in row]
@@ -417,7 +418,7 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
     assert (html / "index.html").read_text() == "new"
     assert said[-1].startswith("1 pages in ")
     pages_made = {"index.md", "claims.md", "blind-test.md", "exercises.md", "api/index.rst"}
-    pages_made |= {"glossary.md", "wall/quick.md", "questions.md", "teaching.md"}
+    pages_made |= {"glossary.md", "wall/quick.md", "questions.md", "teaching.md", "findings.md"}
     assert pages_made | {"notebooks/01_line.ipynb"} <= set(built)
     assert "wall/smoke.md" not in built, "a smoke run is no result"
     assert {
@@ -431,6 +432,7 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
     assert built["index.md"].index("01_line/line_one.png") < built["index.md"].index("What holds")
     assert "notebooks/01_line" in built["index.md"]
     assert "\nquestions\nteaching\n" in built["index.md"]
+    assert built["findings.md"] == "# Found\n\n[pictures](wall/quick.md)\n"
     assert built["questions.md"] == "# Ten\n\n[first](notebooks/01_line.ipynb)\n"
     assert built["teaching.md"] == "# Notes\n\n[ten](questions.md), [all](claims.md), `copies`\n"
     assert "badge-quick" in built["notebooks/01_line.ipynb"]

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CLAIMS = Path(__file__).with_name("claims.yml")
-# The word stands beside the colour: not everybody sees it, and what was not run is red as well.
+# The word stands beside the colour, which not everybody sees; red means that it did not hold.
 SIGNS = {
     Verdict.REPRODUCED: "🟢",
     Verdict.PARTLY: "🟡",
     Verdict.UNDECIDED: "⚪",
     Verdict.NOT_REPRODUCED: "🔴",
-    Verdict.NOT_ATTEMPTED: "🔴",
+    Verdict.NOT_ATTEMPTED: "⚫",
 }
 COLUMNS = (
     *("claim", "group", "where", "statement", "notebook", "preset", "scale"),

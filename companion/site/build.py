@@ -19,6 +19,7 @@ from typing import Any
 from companion.blind_test import NAME, BlindTest
 from companion.ledger.claims import blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
+from companion.ledger.prose import plain
 from companion.notebooks import launch_links, normalise, read_notebook, repository_code
 from companion.presets import check_preset, notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
@@ -27,7 +28,7 @@ from companion.site.render import render
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, explain
 
-DOCUMENTS = ("questions", "teaching")  # files of docs that are pages here, too
+DOCUMENTS = ("findings", "questions", "teaching")  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
 FILM = "noise_to_photographs"  # its animation, the first to move through
 
@@ -80,6 +81,9 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
         path, where = _notebook_to_show(name, preset)
         committed = repository_root() / "notebooks" / f"{name}.ipynb"
         shown = normalise(read_notebook(path), committed)
+        for cell in shown.cells:
+            if cell.cell_type == "markdown":
+                cell.source = plain(cell.source)
         read[name], origins[name] = json.loads(json.dumps(shown)), where
     titles = {name: content.notebook_title(notebook, name) for name, notebook in read.items()}
     _write(source / "exercises.md", content.exercises_page(read, titles))
@@ -101,6 +105,9 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
 def _write_documents(preset: str, source: Path, notebooks: Iterable[str]) -> None:
     pages = {f"docs/{name}.md": f"{name}.md" for name in DOCUMENTS}
     pages |= {(page := f"notebooks/{name}.ipynb"): page for name in notebooks}
+    for wall in (source / "wall").glob("*.md"):  # the pages of other presets hold their ledgers
+        pages[f"figures/{wall.stem}/README.md"] = f"wall/{wall.name}"
+        pages[f"figures/claims/{wall.stem}.md"] = f"wall/{wall.name}"
     pages[f"figures/claims/{preset}.md"] = "claims.md"
     for name in DOCUMENTS:
         text = (repository_root() / "docs" / f"{name}.md").read_text(encoding="utf-8")

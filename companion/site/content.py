@@ -20,6 +20,7 @@ from markupsafe import Markup
 import dsvlib
 from companion.blind_test import COLUMNS, UNSURE, BlindTest
 from companion.ledger.figure_wall import Entry, PublishedRun
+from companion.ledger.prose import plain
 from companion.site.render import fragment, render
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def document(text: str, pages: Mapping[str, str], repository: str = "") -> str:
 
     `pages` has the address of each page by the file that it shows. Other files are linked to in
     `repository`, GitHub's ``owner/name``; where that is empty, the words stay without a link.
+    Comments that name where numbers come from are left out.
     """
 
     def led(found: re.Match[str]) -> str:
@@ -222,7 +224,7 @@ def document(text: str, pages: Mapping[str, str], repository: str = "") -> str:
             address = f"https://github.com/{repository}/blob/HEAD/{file}"
         return f"[{words}]({address}{''.join(anchor)})"
 
-    return LINK.sub(led, text)
+    return LINK.sub(led, plain(text))
 
 
 # --- the reference -------------------------------------------------------------------------------

@@ -41,14 +41,14 @@ const enlarge = (address, alt) => {
   box.replaceChildren(Object.assign(document.createElement("img"), { src: address, alt }));
   box.showModal();
 };
-for (const link of document.querySelectorAll(".card a.picture")) {
+for (const link of document.querySelectorAll(".card a.picture, .cell_output a:has(> img)")) {
   link.addEventListener("click", (event) => {
     if (event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
     enlarge(link.href, link.firstElementChild.alt);
   });
 }
-for (const image of document.querySelectorAll(".cell_output img")) {
+for (const image of document.querySelectorAll(".cell_output :not(a) > img")) {
   image.tabIndex = 0;
   image.setAttribute("role", "button");
   image.addEventListener("click", () => enlarge(image.src, image.alt));

@@ -1,0 +1,156 @@
+"""Numbers of ours in running text, which come from the results: in README, docs and notebooks.
+
+Such a number is followed by a comment that neither GitHub nor Jupyter shows. It names the value:
+``88.8<!-- quick EXT-FLIP auroc_own_term_at_30 :.1f -->`` is what ``data/results/quick.csv`` has
+under that claim and quantity, in that format; ``name.low``, ``name.high`` and ``name.std`` are the
+ends of its interval and its deviation. `write_numbers` fills all of them anew, as `dsv record`
+does at its end; the site and student editions leave the comments out (`plain`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from companion.runs import repository_root
+from dsvlib._errors import DsvError, explain
+from dsvlib._files import atomic_path
+
+COMMENT = re.compile(r"(?P<shown>[+−-]?\d+(?:,\d{3})*(?:\.\d+)?)?<!--(?P<inside>.*?)-->", re.DOTALL)
+SOURCE = re.compile(
+    r" (?P<preset>\S+) (?P<claim>\S+) (?P<name>[^\s.]+)(?:\.(?P<part>low|high|std))? "
+    r":(?P<format>\S+) "
+)
+Recorded = Mapping[tuple[str, str, str], Mapping[str, str]]  # rows by preset, claim and quantity
+
+
+def plain(text: str) -> str:
+    """Return a text without the comments that name where its numbers come from."""
+    return COMMENT.sub(
+        lambda found: (found["shown"] or "") if SOURCE.fullmatch(found["inside"]) else found[0],
+        text,
+    )
+
+
+def recorded() -> Recorded:
+    """Return the rows of all committed results."""
+    rows = {}
+    for path in sorted((repository_root() / "data" / "results").glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                rows[path.stem, row["claim"], row["quantity"]] = row
+    return rows
+
+
+def fill(text: str, rows: Recorded) -> tuple[str, list[str]]:
+    """Return a text with the recorded number before each comment, and what is wrong in it.
+
+    A number whose source is not recorded, or cannot be read, stays as it is and is one sentence.
+    """
+    problems: list[str] = []
+
+    def number(found: re.Match[str]) -> str:
+        try:
+            made = _number(found["inside"], rows)
+            if found["shown"] is None:
+                raise DsvError("expected a number right before it, got none")
+        except DsvError as error:
+            problems.append(f"<!--{found['inside']}-->: {error}")
+            return found[0]
+        return f"{made}<!--{found['inside']}-->"
+
+    return COMMENT.sub(number, text), problems
+
+
+def _number(inside: str, rows: Recorded) -> str:
+    source = SOURCE.fullmatch(inside)
+    if source is None:
+        raise DsvError("expected <!-- PRESET CLAIM QUANTITY :FORMAT --> in one line")
+    key = source["preset"], source["claim"], source["name"]
+    cell = rows.get(key, {}).get(source["part"] or "value")
+    if not cell:
+        raise DsvError("no record holds it; correct its name, or say the sentence without a number")
+    try:
+        return format(float(cell), source["format"]).replace("-", "−")
+    except ValueError as error:
+        raise DsvError(f"expected a format such as :.1f, got :{source['format']}") from error
+
+
+def _texts(path: Path) -> tuple[Any, list[tuple[Any, str]]]:
+    """Return what a file holds, and of that each holder of a text with the text."""
+    content = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        holder = {"source": content}
+        return holder, [(holder, content)]
+    notebook = json.loads(content)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    return notebook, [(cell, "".join(cell["source"])) for cell in cells]
+
+
+def pages() -> list[Path]:
+    """Return the files whose numbers are filled: README, docs and the notebooks."""
+    root = repository_root()
+    found = [root / "README.md", *(root / "docs").glob("*.md"), root / "notebooks" / "README.md"]
+    found += (root / "notebooks").glob("[0-9][0-9]_*.ipynb")
+    return sorted(path for path in found if path.is_file())
+
+
+def _filled() -> Iterator[tuple[Path, Any, list[tuple[Any, str, str]], list[str]]]:
+    """Yield each page with what it holds, what changes in it (from, to), and what is wrong."""
+    rows = recorded()
+    for path in pages():
+        content, texts = _texts(path)
+        changed, problems = [], []
+        for holder, text in texts:
+            made, wrong = fill(text, rows)
+            problems += wrong
+            if made != text:
+                changed.append((holder, text, made))
+        yield path, content, changed, problems
+
+
+def outdated() -> list[str]:
+    """Return one sentence for each number in a page that is not the recorded one."""
+    found = []
+    for path, _, changed, problems in _filled():
+        where = path.relative_to(repository_root())
+        found += [f"{where}: {problem}" for problem in problems]
+        for _, before, after in changed:
+            pairs = zip(COMMENT.finditer(before), COMMENT.finditer(after), strict=True)
+            found += [
+                f"{where}: expected {new['shown']} before <!--{new['inside']}-->, got {seen}"
+                for old, new in pairs
+                if (seen := old["shown"]) != new["shown"]
+            ]
+    return found
+
+
+def write_numbers() -> list[Path]:
+    """Fill the numbers of all pages from the results and return the files that changed.
+
+    Raises DsvError, once all others are filled, for a number whose source is not recorded.
+    """
+    written, wrong = [], []
+    for path, content, changed, problems in _filled():
+        where = path.relative_to(repository_root())
+        wrong += [f"{where}: {problem}" for problem in problems]
+        if not changed:
+            continue
+        for holder, _, after in changed:
+            kept = isinstance(holder["source"], list)
+            holder["source"] = after.splitlines(keepends=True) if kept else after
+        text = content["source"] if path.suffix == ".md" else _as_json(content)
+        with explain("write to", path), atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        written.append(path)
+    if wrong:
+        raise DsvError("\n".join(wrong))
+    return written
+
+
+def _as_json(notebook: Any) -> str:
+    return json.dumps(notebook, ensure_ascii=False, indent=1) + "\n"
