@@ -181,18 +181,22 @@ def less_wide(
 ) -> bytes:
     """Return an RGB picture as PNG, with `text` in it, at the first width of at most `most` bytes.
 
-    At the last one where there is none. Photographs of 32 pixels, drawn smoothly at four times
-    their size, cost megabytes and say no more.
+    At the last one where there is none, in 256 dithered colours. Photographs of 32 pixels, drawn
+    smoothly at four times their size, cost megabytes and say no more.
     """
     from companion.figures import compact
 
     for wide in widths:
         raw, height = io.BytesIO(), round(picture.height * wide / picture.width)
-        picture.resize((wide, height), Image.Resampling.LANCZOS).save(raw, "png")
+        resized = picture.resize((wide, height), Image.Resampling.LANCZOS)
+        resized.save(raw, "png")
         small = compact(raw.getvalue(), text or {})
         if len(small) <= most:
-            break
-    return small
+            return small
+    raw = io.BytesIO()
+    palette = resized.quantize(256, Image.Quantize.MEDIANCUT)
+    resized.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(raw, "png")
+    return compact(raw.getvalue(), text or {})
 
 
 def _without_paths(text: str) -> str:

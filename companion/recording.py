@@ -88,7 +88,7 @@ def _shrink(path: Path) -> None:
     with Image.open(path) as picture:
         still = getattr(picture, "n_frames", 1) == 1
         widths = WIDTHS.get(picture.mode, (picture.width,))
-        if not still or picture.width <= widths[-1] or path.stat().st_size <= LARGE:
+        if not still or picture.width < widths[-1] or path.stat().st_size <= LARGE:
             return
         texts = {k: str(v) for k, v in picture.text.items()}  # type: ignore[attr-defined]
         full = picture.convert("RGB")

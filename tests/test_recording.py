@@ -274,9 +274,10 @@ def test_large_photographs_are_made_smaller_and_the_record_stays_whole(
     kept = tmp_path / "recorded" / "quick" / "01_line"
     copy_recorded(folder, kept, recording._shrink)
     assert (folder / "photos.png").read_bytes() == own, "the run itself stays as it is"
-    assert (kept / "photos.png").stat().st_size < len(own) / 2
+    assert (kept / "photos.png").stat().st_size < min(len(own) / 2, 200_000)
     with Image.open(kept / "photos.png") as picture:
-        assert picture.width in recording.WIDTHS[picture.mode]
+        assert picture.width in recording.WIDTHS["RGB"]
+        assert picture.mode == "P", "noise stays too large: few colours, dithered"
         assert picture.text["Description"] == "Sixty squares of noise."  # type: ignore[attr-defined]
     digest = file_digest(kept / "photos.png")
     assert read_record(kept)["files"]["photos.png"] == digest
