@@ -126,9 +126,7 @@ def normalise(executed: Any, source: Path) -> Any:
 
 def _with_present_text(cells: list[Any], source: Path) -> list[Any]:
     """Return executed cells among the present text, which may have been mended since the run."""
-    import nbformat
-
-    present = nbformat.read(source, as_version=4).cells
+    present = read_notebook(source).cells
     ran = [cell for cell in cells if cell.cell_type == "code"]
     if [cell.source for cell in ran] != [c.source for c in present if c.cell_type == "code"]:
         return cells  # outputs of other code: the digest tells
@@ -303,6 +301,13 @@ def tags(cell: Any) -> list[str]:
 # --- student editions -----------------------------------------------------------------------------
 
 
+def leave_out_sources(notebook: Any) -> None:
+    """Take the comments that name where numbers come from out of the text, in place."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = plain(cell.source)
+
+
 def student_copy(notebook: Any, name: str) -> Any:
     """Return the student edition of a notebook called `name`; `notebook` itself is left as it is.
 
@@ -318,9 +323,7 @@ def student_copy(notebook: Any, name: str) -> Any:
     without = TagRemovePreprocessor(enabled=True, remove_cell_tags={"solution"})
     for step in (without, ClearOutputPreprocessor(enabled=True)):
         student, _ = step(student, {})
-    for cell in student.cells:
-        if cell.cell_type == "markdown":
-            cell.source = plain(cell.source)
+    leave_out_sources(student)
     about = nbformat.v4.new_markdown_cell(_header(name), id="student-about")
     student.cells[1:1] = [about]
     if repository := repository_code():

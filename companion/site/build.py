@@ -19,8 +19,13 @@ from typing import Any
 from companion.blind_test import NAME, BlindTest
 from companion.ledger.claims import blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
-from companion.ledger.prose import plain
-from companion.notebooks import launch_links, normalise, read_notebook, repository_code
+from companion.notebooks import (
+    launch_links,
+    leave_out_sources,
+    normalise,
+    read_notebook,
+    repository_code,
+)
 from companion.presets import check_preset, notebook_names, plan, read_presets
 from companion.runs import BADGES, figures_root, repository_root
 from companion.site import content, pictures
@@ -81,9 +86,7 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
         path, where = _notebook_to_show(name, preset)
         committed = repository_root() / "notebooks" / f"{name}.ipynb"
         shown = normalise(read_notebook(path), committed)
-        for cell in shown.cells:
-            if cell.cell_type == "markdown":
-                cell.source = plain(cell.source)
+        leave_out_sources(shown)
         read[name], origins[name] = json.loads(json.dumps(shown)), where
     titles = {name: content.notebook_title(notebook, name) for name, notebook in read.items()}
     _write(source / "exercises.md", content.exercises_page(read, titles))
