@@ -176,7 +176,7 @@ def _in_few_colours(picture: Image.Image) -> Image.Image:
 
     They come by median cut, which keeps those of lines, bars and letters as they are. Photographs
     have more: they are left 64 levels in each channel, which nobody sees, since a palette would
-    turn a sky into bands. Dithering would cost more space than either saves.
+    turn a sky into bands. (Dithered, as `less_wide` does for the largest, a palette shows grain.)
     """
     for colors in (64, 256):
         few = picture.quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)

@@ -587,7 +587,7 @@ def _write_data(stem: Path, data: pd.DataFrame | Mapping[str, np.ndarray]) -> Pa
     if isinstance(data, pd.DataFrame):
         indexed = data.index.name is not None or isinstance(data.index, pd.MultiIndex)
         with atomic_path(stem.with_name(f"{stem.name}.csv")) as temporary:
-            data.to_csv(temporary, index=indexed, lineterminator="\n")
+            data.to_csv(temporary, index=indexed, lineterminator="\n", float_format="%.6g")
         return stem.with_name(f"{stem.name}.csv")
     import numpy as np
 

@@ -46,14 +46,23 @@ class Normalised:
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest valid pixel in normalised units, each [C]."""
+        """Lowest and highest valid pixel in normalised units, each [C]; needs `mean` and `std`."""
+        self._check_known("bounds")
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return (0 - mean) / std, (1 - mean) / std
 
     def denormalize(self, inputs: Tensor) -> Tensor:
         """Return images with pixels in [0, 1] from normalised `inputs` [n, C, H, W]."""
+        self._check_known("images")
         mean, std = (inputs.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return (inputs * std + mean).clamp(0, 1)
+
+    def _check_known(self, asked: str) -> None:
+        if not self.mean:
+            raise ValueError(
+                f"{asked}: expected a set that knows its normalisation, got none; "
+                "call samples.describe(dataset) first"
+            )
 
 
 class Described(Protocol):
@@ -156,11 +165,6 @@ class SupportSet(Normalised):
 
     def images(self) -> Tensor:
         """Return pixels in [0, 1], [n, C, H, W]; needs `mean` and `std`."""
-        if not self.mean:
-            raise ValueError(
-                "images: expected a set that knows its normalisation, got none; "
-                "call samples.describe(dataset) first"
-            )
         return self.denormalize(self.inputs.detach())
 
     def save(self, path: str | os.PathLike[str]) -> None:
