@@ -8,10 +8,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from checkout import make_checkout
+from checkout import make_checkout, whole_run, write_notebook, write_presets
 
-from companion.ledger.prose import COMMENT, fill, outdated, pages, plain, write_numbers
+from companion.ledger.prose import COMMENT, fill, outdated, pages, plain, recorded, write_numbers
 from companion.notebooks import student_copy
+from companion.runs import Run, figures_root
 from companion.site.content import document
 from dsvlib._errors import DsvError
 
@@ -92,6 +93,19 @@ def test_a_name_that_is_not_recorded_is_told_when_all_others_are_filled(checkout
         write_numbers()
     assert "a 2.0<!--" in (checkout / "README.md").read_text()
     assert "no record holds it" in "".join(outdated())
+
+
+def test_minutes_are_those_of_the_recorded_run_else_the_expected_ones(checkout: Path) -> None:
+    write_notebook(checkout, "02_more")
+    write_presets(checkout, smoke={}, cifar10={"expected_s": {"02_more": 720}})
+    with whole_run(figures_root() / "quick" / "01_line"):  # started 70 s ago
+        Run.start("01_line", preset="quick", seed=0, parameters={}).complete()
+    rows = recorded()
+    text = "9<!-- quick 01 minutes :.1f --> and 9<!-- cifar10 02 minutes :.0f --> min"
+    assert plain(fill(text, rows)[0]) == "1.2 and 12 min"
+    assert not {key for key in rows if key[0] == "smoke" or key[1] == "all"}
+    write_presets(checkout, cifar10={"expected_s": {"01_line": 60, "02_more": 720}})
+    assert recorded()["cifar10", "all", "minutes"]["value"] == "13.0"
 
 
 def test_neither_site_nor_student_editions_show_where_a_number_comes_from(checkout: Path) -> None:

@@ -3,8 +3,10 @@
 Such a number is followed by a comment that neither GitHub nor Jupyter shows. It names the value:
 ``88.8<!-- quick EXT-FLIP auroc_own_term_at_30 :.1f -->`` is what ``data/results/quick.csv`` has
 under that claim and quantity, in that format; ``name.low``, ``name.high`` and ``name.std`` are the
-ends of its interval and its deviation. `write_numbers` fills all of them anew, as `dsv record`
-does at its end; the site and student editions leave the comments out (`plain`).
+ends of its interval and its deviation. ``12<!-- cifar10 03 minutes :.0f -->`` is what notebook 03
+is known to take, ``all`` what those of the preset take together. `write_numbers` fills all numbers
+anew, as `dsv record` does at its end; the site and student editions leave out the comments
+(`plain`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from companion.forecast import expected
+from companion.presets import plan, read_presets
 from companion.runs import repository_root
 from dsvlib._errors import DsvError, explain
 from dsvlib._files import atomic_path
@@ -37,12 +41,32 @@ def plain(text: str) -> str:
 
 
 def recorded() -> Recorded:
-    """Return the rows of all committed results."""
-    rows = {}
+    """Return the rows of all committed results, and what the notebooks take."""
+    rows = _times()
     for path in sorted((repository_root() / "data" / "results").glob("*.csv")):
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 rows[path.stem, row["claim"], row["quantity"]] = row
+    return rows
+
+
+def _times() -> dict[tuple[str, str, str], dict[str, str]]:
+    """Return the minutes of each notebook, and of all of a preset where all are known.
+
+    They are what the forecast goes by on any machine: the recorded run, else ``expected_s``.
+    """
+    rows = {}
+    for preset in read_presets():
+        seconds: dict[str, float | None] = {}
+        for job in plan(preset):
+            forecast = expected(job, own=False)
+            if job.repetition is None:
+                seconds[job.notebook[:2]] = None if forecast.bound else forecast.seconds
+        known = {number: took for number, took in seconds.items() if took is not None}
+        if len(known) == len(seconds):
+            known["all"] = sum(known.values())
+        for number, took in known.items():
+            rows[preset, number, "minutes"] = {"value": str(took / 60)}
     return rows
 
 
