@@ -174,13 +174,17 @@ def compact(png: bytes, text: Mapping[str, str]) -> bytes:
 def _in_few_colours(picture: Image.Image) -> Image.Image:
     """Return an RGB picture in 64 or 256 colours, where levels change by at most 2 of 255 (RMS).
 
-    They come by median cut, which keeps those of lines, bars and letters as they are. Photographs
-    have more: they are left 64 levels in each channel, which nobody sees, since a palette would
-    turn a sky into bands. (Dithered, as `less_wide` does for the largest, a palette shows grain.)
+    And by more than 16 in one pixel of ten thousand at most: median cut merges rare colours, as at
+    the end of a colour bar, and maximum coverage keeps them. Photographs have more colours: they
+    are left 64 levels in each channel, which nobody sees, since a palette would turn a sky into
+    bands. (Dithered, as `less_wide` does for the largest, a palette shows grain.)
     """
-    for colors in (64, 256):
-        few = picture.quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        if max(ImageStat.Stat(ImageChops.difference(picture, few.convert("RGB"))).rms) <= 2:
+    ways = Image.Quantize
+    for colors, method in (64, ways.MEDIANCUT), (256, ways.MEDIANCUT), (256, ways.MAXCOVERAGE):
+        few = picture.quantize(colors, method=method, dither=Image.Dither.NONE)
+        change = ImageChops.difference(picture, few.convert("RGB"))
+        far = (np.asarray(change) > 16).any(axis=2).mean()
+        if max(ImageStat.Stat(change).rms) <= 2 and far <= 1e-4:
             return few
     return picture.point([round(round(level / 255 * 63) * 255 / 63) for level in range(256)] * 3)
 
@@ -480,9 +484,13 @@ def bar_with_error(
         tops = mean + np.where(whiskers, spread, 0)
         said = [number.format(value) if np.isfinite(value) else "" for value in mean]
         fitting = 9 * min(1, max(SMALLEST, room * width / max(_inches(t, 10) for t in said)))
-        for place, top, text in zip(at, tops, said, strict=True):
-            axes.annotate(text, (place, max(top, 0)), (0, 3), textcoords="offset points",
-                          ha="center", size=fitting, path_effects=HALO)  # fmt: skip
+        ends = mean - np.where(whiskers, spread, 0)
+        for place, value, top, end, text in zip(at, mean, tops, ends, said, strict=True):
+            below = value < 0  # the number stands at the end of its bar
+            axes.annotate(text.replace("-", "−"), (place, min(end, 0) if below else max(top, 0)),
+                          (0, -3 if below else 3), textcoords="offset points", ha="center",
+                          va="top" if below else "bottom", size=fitting,
+                          path_effects=HALO)  # fmt: skip
     names, name_size = _fit(map(str, order), 0.85 * room, 11)
     axes.set_xticks(range(len(order)), [_plain(name) for name in names], size=name_size)
     axes.grid(visible=False, axis="x")
@@ -582,9 +590,11 @@ def _panels(
 ) -> tuple[Figure, list[_Panel]]:
     """Return a figure with axes for each value of `panel`, side by side or down the page.
 
-    A hue has the same number, which chooses its colour and marker, in all of them.
+    A hue has the same number, which chooses its colour and marker, in all of them; of a categorical
+    column it is that of the category, so that it is the same in every figure.
     """
     hues, parts = [name for name, _ in _groups(frame, hue)], _groups(frame, panel)
+    numbers = list(map(str, frame[hue].cat.categories)) if hasattr(frame.get(hue), "cat") else hues
     # A Figure apart from pyplot: no global state, nothing to close, no second display.
     fig = Figure(figsize=(min(size[0], WIDEST), size[1]), dpi=DPI, layout="constrained")
     grid = (len(parts), 1) if down else (1, len(parts))
@@ -592,7 +602,7 @@ def _panels(
     panels = []
     for axes, (name, rows) in zip(places, parts, strict=True):
         own = dict(_groups(rows, hue))
-        groups = [(i, one, own.get(one, rows[:0])) for i, one in enumerate(hues)]
+        groups = [(i, one, own.get(one, rows[:0])) for i, one in enumerate(numbers) if one in hues]
         panels.append(_Panel(axes, name, rows, groups))
     return fig, panels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -385,3 +386,34 @@ def test_animation_has_every_frame_its_text_and_runs_for_ever(tmp_path: Path) ->
 def test_smooth_grid_differs_from_crisp_pixels(tmp_path: Path) -> None:
     crisp = write(figures.image_grid(IMAGES), tmp_path / "crisp")[0]
     assert write(figures.image_grid(IMAGES, smooth=True), tmp_path / "smooth")[0] != crisp
+
+
+def test_rare_colours_of_a_map_are_kept():
+    values = np.random.default_rng(0).random((1000, 200)) ** 4  # few are bright
+    heat = mpl.colormaps["cividis"](values)[:, :, :3]
+    bar = np.repeat(mpl.colormaps["cividis"](np.linspace(0, 1, 200))[None, :, :3], 8, axis=0)
+    letters = np.tile(np.linspace(0, 1, 200)[None, :, None], (10, 1, 3))  # over 256 colours in all
+    levels = (255 * np.vstack([heat, bar, letters])).round().astype(np.uint8)
+    raw = io.BytesIO()
+    Image.fromarray(levels).save(raw, "png")
+    with Image.open(io.BytesIO(figures.compact(raw.getvalue(), {}))) as small:
+        change = np.abs(np.asarray(small.convert("RGB")).astype(int) - levels)
+    assert change.max() <= 16
+
+
+def test_a_category_has_its_colour_also_where_another_one_is_missing():
+    kinds = pd.Categorical(["undecided", "better"], ["better", "worse", "undecided"])
+    rows = pd.DataFrame({"row": list("ab"), "gain": [0.0, 2.0], "low": [-1.0, 1.0],
+                         "high": [1.0, 3.0], "finding": kinds})  # fmt: skip
+    fig = figures.intervals(rows, "row", hue="finding", x_label="points")
+    handles, names = fig.axes[0].get_legend_handles_labels()
+    colours = {name: one.lines[0].get_color() for name, one in zip(names, handles, strict=True)}
+    assert colours == {"better": figures.COLORS[0], "undecided": figures.COLORS[2]}
+
+
+def test_the_number_of_a_negative_bar_stands_below_it():
+    frame = pd.DataFrame({"x": ["a", "b"], "y": [-2.0, 3.0]})
+    axes = figures.bar_with_error(frame, "x", "y").axes[0]
+    found = {text.get_text(): text for text in axes.texts}
+    stands = {name: (text.xy[1], text.get_va()) for name, text in found.items()}
+    assert stands == {"−2": (-2, "top"), "3": (3, "bottom")}

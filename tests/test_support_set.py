@@ -132,7 +132,7 @@ def test_describe_and_images(digits):
     with pytest.raises(ValueError, match=r"expected a set that knows its normalisation, got none"):
         plain.images()
     with pytest.raises(ValueError, match=r"bounds: expected a set that knows its normalisation"):
-        plain.bounds
+        _ = plain.bounds
     known = plain.describe(digits)
     assert (known.classes, known.mean, known.std) == (digits.classes, digits.mean, digits.std)
     assert torch.equal(known.images(), digits.denormalize(plain.inputs))
