@@ -27,7 +27,7 @@ from PIL import Image
 
 from companion.execution import exclusive
 from companion.ledger.claims import claim_ids
-from companion.ledger.prose import plain
+from companion.ledger.prose import PICTURE, plain
 from companion.presets import notebook_names, plan, read_parameters, read_presets
 from companion.runs import code_cells, digest, library_digest, repository_root
 from companion.workflow import up_to_date
@@ -324,12 +324,25 @@ def student_copy(notebook: Any, name: str) -> Any:
     for step in (without, ClearOutputPreprocessor(enabled=True)):
         student, _ = step(student, {})
     leave_out_sources(student)
+    _lead_pictures(student)
     about = nbformat.v4.new_markdown_cell(_header(name), id="student-about")
     student.cells[1:1] = [about]
     if repository := repository_code():
         setup = FETCH.replace("OWNER/NAME", repository)
         student.cells[2:2] = [nbformat.v4.new_code_cell(setup, id="student-setup")]
     return student
+
+
+def _lead_pictures(notebook: Any) -> None:
+    """Have recorded pictures in the text be found from a student copy, in place.
+
+    Colab shows no file beside a notebook, so they come from the repository once it has a name.
+    """
+    repository = repository_code()
+    root = f"https://raw.githubusercontent.com/{repository}/HEAD" if repository else "../.."
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = PICTURE.sub(rf"![\g<words>]({root}/figures/\g<address>.png)", cell.source)
 
 
 def _header(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Numbers in running text are the recorded ones, and what names them is seen by nobody."""
+"""Numbers and pictures in text are the recorded ones, and what names numbers is seen by nobody."""
 
 from __future__ import annotations
 
@@ -9,10 +9,24 @@ from pathlib import Path
 import nbformat
 import pytest
 from checkout import make_checkout, whole_run, write_notebook, write_presets
+from matplotlib.figure import Figure
 
-from companion.ledger.prose import COMMENT, fill, outdated, pages, plain, recorded, write_numbers
-from companion.notebooks import student_copy
+from companion.ledger.figure_wall import read_runs
+from companion.ledger.prose import (
+    COMMENT,
+    PICTURE,
+    describe,
+    fill,
+    outdated,
+    pages,
+    plain,
+    recorded,
+    write_numbers,
+)
+from companion.notebooks import read_notebook, student_copy
+from companion.presets import notebook_names, read_presets
 from companion.runs import Run, figures_root
+from companion.site import content
 from companion.site.content import document
 from dsvlib._errors import DsvError
 
@@ -118,3 +132,99 @@ def test_numbers_of_ours_in_the_pages_are_recorded() -> None:
     assert outdated() == []
     with_numbers = {path.name for path in pages() if COMMENT.search(path.read_text("utf-8"))}
     assert {"README.md", "findings.md", "15_decision_function.ipynb"} <= with_numbers
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+SHOWN = "![old](../figures/quick/01_line/line.png)"
+
+
+def publish_line(alt: str) -> None:
+    with whole_run(figures_root() / "quick" / "01_line"):
+        run = Run.start("01_line", preset="quick", seed=0)
+    fig = Figure(figsize=(2, 2))
+    fig.add_subplot().plot([0, 1])
+    run.save_figure(fig, "line", alt=alt)
+    run.complete()
+
+
+def show_line(checkout: Path) -> Path:
+    path = checkout / "notebooks" / "01_line.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"][0]["source"] = f"# Line\n\n{SHOWN}\n\nIt rises."
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def test_a_picture_in_the_text_has_the_words_of_its_figure(checkout: Path) -> None:
+    path = show_line(checkout)
+    (problem,) = [line for line in outdated() if "line.png" in line]
+    assert "figures/quick/01_line/line.png is not recorded" in problem
+    publish_line("A line: 0.1 [0.0, 0.2]\nthat *rises*")
+    words = r"A line: 0.1 \[0.0, 0.2\] that \*rises\*"
+    assert any(f"expected ![{words}]" in line for line in outdated())
+    assert path in write_numbers()
+    assert (
+        f"![{words}](../figures/quick/01_line/line.png)\n\nIt rises."
+        in (json.loads(path.read_text())["cells"][0]["source"])
+    )
+    assert outdated() == []
+    assert write_numbers() == []
+    text = f"![{words}](../figures/quick/01_line/line.png)"
+    assert describe(text) == (text, [])
+
+
+def test_a_picture_is_found_from_a_student_copy_and_is_a_card_of_the_site(checkout: Path) -> None:
+    publish_line("A line that rises")
+    path = show_line(checkout)
+    student = student_copy(read_notebook(path), "01_line")
+    assert "![old](../../figures/quick/01_line/line.png)" in student.cells[0].source
+    (checkout / "CITATION.cff").write_text("repository-code: https://github.com/some-one/dsv\n")
+    student = student_copy(read_notebook(path), "01_line")
+    address = "https://raw.githubusercontent.com/some-one/dsv/HEAD/figures/quick/01_line/line.png"
+    assert f"![old]({address})" in student.cells[0].source
+
+    def shown(cards: dict[str, str]) -> str:
+        notebook = json.loads(json.dumps(read_notebook(path)))
+        page = content.notebook_page(notebook, "01_line", origin="", preset="quick", cards=cards)
+        return str(page["cells"][0]["source"])
+
+    (run,) = read_runs(figures_root() / "quick", "figures/quick/")
+    (entry,) = run.figures
+    small = {entry.picture: "small/line.webp"}
+    source = shown({entry.picture: content.card(entry, up="../", small=small)})
+    assert 'href="../figures/quick/01_line/line.' in source
+    assert '<img src="../small/line.webp" alt="A line that rises"' in source
+    assert source.endswith("</figure>\n\nIt rises.")
+    assert "](../figures" not in source
+    assert "\n\n*old*\n\n" in shown({}), "what the site has no picture of, it tells"
+
+
+def test_every_picture_in_the_text_is_recorded_and_shown_wherever_the_text_is() -> None:
+    root = figures_root().parent
+    cards = {
+        entry.picture: content.card(entry, up="../")
+        for preset in read_presets()
+        for run in read_runs(figures_root() / preset, f"figures/{preset}/")
+        for entry in run.figures
+    }
+    for name in notebook_names():
+        path = root / "notebooks" / f"{name}.ipynb"
+        notebook = read_notebook(path)
+        text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+        found = [f"figures/{picture['address']}.png" for picture in PICTURE.finditer(text)]
+        assert len(found) == text.count("![") + text.count("<img"), f"{name}: another way"
+        assert set(found) <= set(cards), f"{name}: a picture that no whole run has recorded"
+        student = student_copy(notebook, name)
+        copied = "\n".join(c.source for c in student.cells if c.cell_type == "markdown")
+        # as in a repository without a name; with one it is the same path, seen from the root
+        links = re.findall(r"!\[(?:\\.|[^\]])*\]\(([^)]*)\)", copied)
+        places = [(path.parent / "student" / link).resolve() for link in links]
+        if not any(link.startswith("https:") for link in links):
+            assert places == [root.resolve() / picture for picture in found], name
+        page = content.notebook_page(
+            json.loads(json.dumps(notebook)), name, origin="", preset="quick", cards=cards
+        )
+        site = "\n".join(c["source"] for c in page["cells"] if c["cell_type"] == "markdown")
+        assert site.count("<img ") == len(found), name
+        assert not PICTURE.search(site), name

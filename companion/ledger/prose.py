@@ -1,4 +1,6 @@
-"""Numbers of ours in running text, which come from the results: in README, docs and notebooks.
+"""Numbers and pictures of ours in running text, which come from what is recorded.
+
+They stand in README, docs and notebooks.
 
 Such a number is followed by a comment that neither GitHub nor Jupyter shows. It names the value:
 ``88.8<!-- quick EXT-FLIP auroc_own_term_at_30 :.1f -->`` is what ``data/results/quick.csv`` has
@@ -7,6 +9,8 @@ ends of its interval and its deviation. ``12<!-- cifar10 03 minutes :.0f -->`` i
 is known to take, ``all`` what those of the preset take together. `write_numbers` fills all numbers
 anew, as `dsv record` does at its end; the site and student editions leave out the comments
 (`plain`).
+A picture ``![words](../figures/quick/01_x/y.png)`` is a recorded figure, and
+the words are its own.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any
 
 from companion.forecast import expected
 from companion.presets import plan, read_presets
-from companion.runs import repository_root
+from companion.runs import figures_root, repository_root
 from dsvlib._errors import DsvError, explain
 from dsvlib._files import atomic_path
 
@@ -29,6 +33,8 @@ SOURCE = re.compile(
     r" (?P<preset>\S+) (?P<claim>\S+) (?P<name>[^\s.]+)(?:\.(?P<part>low|high|std))? "
     r":(?P<format>\S+) "
 )
+# a recorded figure, seen from a folder beside figures/; its address lacks the ending
+PICTURE = re.compile(r"!\[(?P<words>(?:\\.|[^\]\\])*)\]\(\.\./figures/(?P<address>[^)\s]+)\.png\)")
 Recorded = Mapping[tuple[str, str, str], Mapping[str, str]]  # rows by preset, claim and quantity
 
 
@@ -90,6 +96,25 @@ def fill(text: str, rows: Recorded) -> tuple[str, list[str]]:
     return COMMENT.sub(number, text), problems
 
 
+def describe(text: str) -> tuple[str, list[str]]:
+    """Return a text whose pictures have their figures' words, and what is wrong in it.
+
+    A picture that is not recorded stays as it is and is one sentence.
+    """
+    problems: list[str] = []
+
+    def picture(found: re.Match[str]) -> str:
+        path = figures_root() / f"{found['address']}.json"
+        if not (path.is_file() and path.with_suffix(".png").is_file()):
+            problems.append(f"figures/{found['address']}.png is not recorded; correct its name")
+            return found[0]
+        words = " ".join(json.loads(path.read_text(encoding="utf-8"))["alt"].split())
+        escaped = re.sub(r"([\\\[\]*`$<])", r"\\\1", words)
+        return f"![{escaped}](../figures/{found['address']}.png)"
+
+    return PICTURE.sub(picture, text), problems
+
+
 def _number(inside: str, rows: Recorded) -> str:
     source = SOURCE.fullmatch(inside)
     if source is None:
@@ -116,7 +141,7 @@ def _texts(path: Path) -> tuple[Any, list[tuple[Any, str]]]:
 
 
 def pages() -> list[Path]:
-    """Return the files whose numbers are filled: README, docs and the notebooks."""
+    """Return the files that are filled: README, docs and the notebooks."""
     root = repository_root()
     found = [root / "README.md", *(root / "docs").glob("*.md"), root / "notebooks" / "README.md"]
     found += (root / "notebooks").glob("[0-9][0-9]_*.ipynb")
@@ -132,13 +157,15 @@ def _filled() -> Iterator[tuple[Path, Any, list[tuple[Any, str, str]], list[str]
         for holder, text in texts:
             made, wrong = fill(text, rows)
             problems += wrong
+            made, wrong = describe(made)
+            problems += wrong
             if made != text:
                 changed.append((holder, text, made))
         yield path, content, changed, problems
 
 
 def outdated() -> list[str]:
-    """Return one sentence for each number in a page that is not the recorded one."""
+    """Return one sentence for each number or picture in a page that is not as recorded."""
     found = []
     for path, _, changed, problems in _filled():
         where = path.relative_to(repository_root())
@@ -150,13 +177,19 @@ def outdated() -> list[str]:
                 for old, new in pairs
                 if (seen := old["shown"]) != new["shown"]
             ]
+            pairs = zip(PICTURE.finditer(before), PICTURE.finditer(after), strict=True)
+            found += [
+                f"{where}: expected {new[0]}, got other words"
+                for old, new in pairs
+                if old["words"] != new["words"]
+            ]
     return found
 
 
 def write_numbers() -> list[Path]:
-    """Fill the numbers of all pages from the results and return the files that changed.
+    """Fill numbers and pictures' words of all pages anew and return the files that changed.
 
-    Raises DsvError, once all others are filled, for a number whose source is not recorded.
+    Raises DsvError, once all others are filled, for a number or picture that is not recorded.
     """
     written, wrong = [], []
     for path, content, changed, problems in _filled():

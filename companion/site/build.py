@@ -90,9 +90,15 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
         read[name], origins[name] = json.loads(json.dumps(shown)), where
     titles = {name: content.notebook_title(notebook, name) for name, notebook in read.items()}
     _write(source / "exercises.md", content.exercises_page(read, titles))
+    cards = _write_results(preset, source, extra, titles)
     for name, notebook in read.items():
         page = content.notebook_page(
-            notebook, name, origin=origins[name], preset=preset, links=launch_links(name)
+            notebook,
+            name,
+            origin=origins[name],
+            preset=preset,
+            links=launch_links(name),
+            cards=cards,
         )
         _write(source / "notebooks" / f"{name}.ipynb", json.dumps(page, ensure_ascii=False))
         committed = repository_root() / "notebooks" / f"{name}.ipynb"
@@ -100,7 +106,6 @@ def write_sources(preset: str, source: Path, extra: Path) -> None:
         shutil.copyfile(committed, extra / "notebooks" / committed.name)
     for name, text in content.reference().items():
         _write(source / "api" / f"{name}.rst", text)
-    _write_results(preset, source, extra, titles)
     _write_blind_test(source, extra)
     _write_documents(preset, source, titles)
 
@@ -117,7 +122,11 @@ def _write_documents(preset: str, source: Path, notebooks: Iterable[str]) -> Non
         _write(source / f"{name}.md", content.document(text, pages, repository_code()))
 
 
-def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str]) -> None:
+def _write_results(
+    preset: str, source: Path, extra: Path, titles: dict[str, str]
+) -> dict[str, str]:
+    """Write the pages of all results and return each picture as HTML for a page in a folder."""
+    cards: dict[str, str] = {}
     walls: list[tuple[str, str]] = []
     own: list[PublishedRun] = []
     moving: dict[str, str] = {}  # by name: photographs stand for the digits of the same figure
@@ -134,6 +143,7 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
                 shutil.copyfile(figures_root() / name / target.parent.name / file, target)
             original = extra / entry.picture
             small[entry.picture] = pictures.small(entry, original, extra)
+            cards[entry.picture] = content.card(entry, up="../", small=small)
             if shots := pictures.frames(entry, original, extra):
                 moving[entry.sidecar["name"]] = content.scrubber(entry, shots)
         page = render(
@@ -164,6 +174,7 @@ def _write_results(preset: str, source: Path, extra: Path, titles: dict[str, str
     _write(source / "glossary.md", render("glossary.md", words=content.glossary()))
     _write(extra / "glossary.js", content.glossary_script())
     _write(source / "claims.md", render("claims.md", ledger=content.ledger(claims, titles)))
+    return cards
 
 
 def _write_blind_test(source: Path, extra: Path) -> None:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 import dsvlib
 from companion.blind_test import COLUMNS, UNSURE, BlindTest
 from companion.ledger.figure_wall import Entry, PublishedRun
-from companion.ledger.prose import plain
+from companion.ledger.prose import PICTURE, plain
 from companion.site.render import fragment, render
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def wall(
     return fragment("wall.html", "wall", runs, titles, up, small or {})
 
 
-def card(entry: Entry) -> Markup:
-    """Return one figure as HTML, with its finding, caption, badge and panel."""
-    return fragment("wall.html", "card", entry)
+def card(entry: Entry, *, up: str = "", small: Mapping[str, str] | None = None) -> Markup:
+    """Return one figure as HTML, with its finding, caption, badge and panel; see `wall`."""
+    return fragment("wall.html", "card", entry, up, small=small or {})
 
 
 def scrubber(entry: Entry, frames: Sequence[tuple[str, str]]) -> Markup:
@@ -148,14 +148,23 @@ def notebook_page(
     origin: str,
     preset: str,
     links: Mapping[str, str] | None = None,
+    cards: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return a notebook as a page: what does not teach folded, pictures with alt text, its scale.
 
-    `origin` is HTML that says where the outputs come from, `preset` has its figures on a wall, and
-    `links` lead to where it runs in a browser. The input is changed and returned.
+    `origin` is HTML that says where the outputs come from, `preset` has its figures on a wall,
+    `links` lead to where it runs in a browser, and `cards` has recorded pictures as HTML by their
+    addresses: one that the site does not show is told in its words. The input is changed and
+    returned.
     """
+
+    def shown(found: re.Match[str]) -> str:
+        return (cards or {}).get(f"figures/{found['address']}.png", f"*{found['words']}*")
+
     cells = notebook["cells"]
     for cell in cells:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = PICTURE.sub(shown, cell["source"])
         metadata = cell.setdefault("metadata", {})
         tags = metadata.setdefault("tags", [])
         options: dict[str, Any] = {}
