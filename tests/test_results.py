@@ -89,8 +89,8 @@ def test_a_value_has_as_many_digits_as_its_spread(value, std, unit, text) -> Non
 
 def run_at(root: Path, seed: int, steps: int = 5, **values: float) -> Path:
     parameters = {"seed": seed, "steps": steps}
-    with whole_run(root / "quick" / "08_latent_labels"):
-        run = Run.start("08_latent_labels", preset="quick", seed=seed, parameters=parameters)
+    with whole_run(root / "quick" / "16_mixing"):
+        run = Run.start("16_mixing", preset="quick", seed=seed, parameters=parameters)
     for name, value in values.items():
         run.record("DSV-F3", name, value, n=200, unit="%", paper=90, note="by one draw")
     run.complete()
@@ -113,9 +113,9 @@ def test_values_of_repetitions_are_taken_together(figures: Path) -> None:
     text, about = results("quick")
     (row,) = (r for r in csv.DictReader(io.StringIO(text)) if r["quantity"] == "flips")
     assert (float(row["value"]), float(row["std"]), row["seeds"]) == (63.0, 3.0, "0 100 200")
-    listed = about["runs"]["08_latent_labels"]["repetitions"]
+    listed = about["runs"]["16_mixing"]["repetitions"]
     assert [other["seed"] for other in listed] == [100, 200]
-    assert listed[0]["folder"] == "figures/seeds/100/quick/08_latent_labels"
+    assert listed[0]["folder"] == "figures/seeds/100/quick/16_mixing"
 
 
 def test_the_ledger_takes_the_verdicts_of_all_seeds_together(figures: Path) -> None:
