@@ -167,6 +167,7 @@ def _write_results(
         hero=hero and content.card(hero),
         scrubbers=[moving[name] for name in sorted(moving, key=lambda n: (n != FILM, n))],
         verdicts=content.verdict_summary(claims),
+        badge=BADGES.get(preset, preset),
         walls=walls,
         notebooks=list(titles),
     )
