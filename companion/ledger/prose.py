@@ -1,16 +1,14 @@
 """Numbers and pictures of ours in running text, which come from what is recorded.
 
-They stand in README, docs and notebooks.
-
-Such a number is followed by a comment that neither GitHub nor Jupyter shows. It names the value:
+Such a number, in README, docs and notebooks, is followed by a comment that neither GitHub nor
+Jupyter shows. It names the value:
 ``88.8<!-- quick EXT-FLIP auroc_own_term_at_30 :.1f -->`` is what ``data/results/quick.csv`` has
 under that claim and quantity, in that format; ``name.low``, ``name.high`` and ``name.std`` are the
 ends of its interval and its deviation. ``12<!-- cifar10 03 minutes :.0f -->`` is what notebook 03
 is known to take, ``all`` what those of the preset take together. `write_numbers` fills all numbers
 anew, as `dsv record` does at its end; the site and student editions leave out the comments
-(`plain`).
-A picture ``![words](../figures/quick/01_x/y.png)`` is a recorded figure, and
-the words are its own.
+(`plain`). A picture ``![words](../figures/quick/01_x/y.png)`` is a recorded figure, and the words
+are its own.
 """
 
 from __future__ import annotations
