@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -37,7 +38,8 @@ from dsvlib._files import atomic_path
 MAX_CELL_LINES = 40
 LARGE = 50_000  # bytes of a picture that is made smaller before it is committed in an output
 PHOTOGRAPHS, NARROW = 120_000, 480  # bytes of one that is made smaller still, and its width then
-MAX_CELLS, MAX_WORDS = 80, 4500  # beyond, a notebook is two
+MAX_CELLS, MAX_WORDS, MAX_LINES = 65, 4500, 500  # beyond, a notebook is two
+MAX_MEDIAN = 12  # lines of the code cell in the middle: one thought a cell
 CLAIM = re.compile(r"\b(?:DSV|PDD|EXT|TEACH)-[A-Z0-9]\w*")
 PROGRESS = re.compile(r"\d%\||\d(it|s)/(s|it)\b|\dit \[")
 PRIVATE = re.compile(r"(?<![\w.:/])/(?:home|Users|root|tmp|private|mnt|opt|usr|var|work)/\S+")
@@ -199,7 +201,7 @@ def less_wide(
 
 def _without_paths(text: str) -> str:
     text = text.replace(f"{repository_root()}{os.sep}", "").replace(str(repository_root()), ".")
-    text = re.sub(r"/\S*/site-packages/", "site-packages/", text)
+    text = re.sub(r"\S*/site-packages/", "site-packages/", text)
     return re.sub(r"\bat 0x[0-9a-f]+", "at 0x…", text.replace(str(Path.home()), "~"))
 
 
@@ -247,6 +249,12 @@ def _check_notebook(path: Path, notebook: Any) -> Iterator[str]:
         yield (
             f"has {len(notebook.cells)} cells and {words} words; expected at most {MAX_CELLS} and "
             f"{MAX_WORDS}, make two of it"
+        )
+    lengths = [len([line for line in cell.source.splitlines() if line.strip()]) for cell in code]
+    if sum(lengths) > MAX_LINES or (lengths and median(lengths) > MAX_MEDIAN):
+        yield (
+            f"has {sum(lengths)} lines of code, {median(lengths):g} in the median cell; expected "
+            f"at most {MAX_LINES} and {MAX_MEDIAN}, split cells or move code out"
         )
     for index, cell in enumerate(notebook.cells):
         where = f"cell {index}"

@@ -154,6 +154,13 @@ def test_check_notebooks_finds_each_problem(checkout: Path) -> None:
         assert expected in problems
 
 
+@pytest.mark.parametrize(("cells", "lines"), [(3, 12), (3, 13), (42, 12), (40, 12)])
+def test_long_cells_and_long_notebooks_are_found(cells: int, lines: int, checkout: Path) -> None:
+    write_notebook(checkout, "01_line", *["\n".join(["x = 1", ""] * lines)] * cells)
+    found = [problem for problem in check_notebooks() if "in the median cell" in problem]
+    assert bool(found) == (lines > 12 or cells * lines > 500)
+
+
 @pytest.mark.parametrize(
     ("header", "problem"),
     [
