@@ -203,6 +203,18 @@ def test_summary_counts_each_verdict_and_links_its_claims() -> None:
     assert 'href="claims.html#k-3"' in text
 
 
+def test_summary_takes_the_verdict_of_photographs_where_there_is_one() -> None:
+    there = [
+        Row(name, verdict, preset="cifar10", scale="CIFAR-10")
+        for name, verdict in (("K-1", "partly"), ("K-2", "partly"), ("K-3", "not attempted"))
+    ]
+    text = content.verdict_summary(ROWS[:3], there)
+    assert re.findall(r"<strong>(\d+)</strong>", text) == ["2", "1"]
+    links = re.findall(r'href="([^"]+)"', text)
+    assert links == ["wall/cifar10.html#k-1", "wall/cifar10.html#k-2", "claims.html#k-3"]
+    assert re.findall(r"<small>([^<]+)</small>", text) == ["digits · quick: reproduced"]
+
+
 # --- notebooks -----------------------------------------------------------------------------------
 
 

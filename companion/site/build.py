@@ -36,6 +36,7 @@ from dsvlib._errors import DsvError, explain
 DOCUMENTS = ("findings", "questions", "teaching")  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
 FILM = "noise_to_photographs"  # its animation, the first to move through
+PHOTOGRAPHS = "cifar10"  # the preset whose verdicts come first, where it is recorded
 
 
 def build_site(preset: str = "quick", *, echo: Callable[[str], object] = print) -> Path:
@@ -158,6 +159,8 @@ def _write_results(
         if name == preset:
             own = runs
     claims = claim_rows(preset)
+    shown = preset != "smoke" and PHOTOGRAPHS in dict(walls)
+    photographs = claim_rows(PHOTOGRAPHS) if shown else []
     # the picture for the top of the site: what people come for, else the first notebook's first
     figures = [entry for run in own for entry in run.figures]
     named = [entry for entry in figures if entry.sidecar["name"] == HERO]
@@ -166,8 +169,9 @@ def _write_results(
         "index.md",
         hero=hero and content.card(hero),
         scrubbers=[moving[name] for name in sorted(moving, key=lambda n: (n != FILM, n))],
-        verdicts=content.verdict_summary(claims),
+        verdicts=content.verdict_summary(claims, photographs),
         badge=BADGES.get(preset, preset),
+        photographs=photographs and BADGES[PHOTOGRAPHS],
         walls=walls,
         notebooks=list(titles),
     )

@@ -94,10 +94,16 @@ def glossary_script() -> str:
     return f"globalThis.glossary = {json.dumps(glossary(), ensure_ascii=False)};\n"
 
 
-def verdict_summary(claims: Sequence[ClaimRow]) -> Markup:
-    """Return the claims of each verdict as HTML, for the landing page."""
+def verdict_summary(claims: Sequence[ClaimRow], first: Sequence[ClaimRow] = ()) -> Markup:
+    """Return the claims of each verdict as HTML, for the landing page.
+
+    The verdict is that of `first` where the claim was attempted there, and what the same claim has
+    in `claims` stands behind it if that is another.
+    """
+    attempted = {claim.id: claim for claim in first if claim.verdict != "not attempted"}
+    pairs = [(attempted.get(claim.id, claim), claim) for claim in claims]
     verdicts = [
-        (verdict, *kind, [claim for claim in claims if claim.verdict == verdict])
+        (verdict, *kind, [pair for pair in pairs if pair[0].verdict == verdict])
         for verdict, kind in VERDICTS.items()
     ]
     return fragment("ledger.html", "summary", verdicts)
