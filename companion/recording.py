@@ -18,7 +18,16 @@ from companion.ledger.prose import write_numbers
 from companion.ledger.results import write_results
 from companion.notebooks import less_wide, refresh_notebooks, write_student_copies
 from companion.presets import Job, plan
-from companion.runs import copy_recorded, figures_root, git_state, read_record, repository_root
+from companion.runs import (
+    RECORD,
+    copy_recorded,
+    digest,
+    figures_root,
+    git_state,
+    read_record,
+    repository_root,
+    write_json,
+)
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, RequestError
 
@@ -54,6 +63,8 @@ def record(
             _check(job)
         for job in jobs:
             copy_recorded(job.directory, job.recorded, _shrink)
+            if job.repetition is not None:
+                _keep_values(job.recorded)
         write_wall(figures_root() / preset)
         write_claims(preset)
         write_results(preset)
@@ -81,6 +92,16 @@ def _check(job: Job) -> None:
             f"{job.name}: expected a run from a clean commit, got one from changed files; "
             f"run {fix} --force"
         )
+
+
+def _keep_values(directory: Path) -> None:
+    """Leave of a repetition at another seed what the ledger reads: its values, in its record."""
+    about = read_record(directory)
+    about |= {"files": {}, "unpublished": about.get("unpublished", {}) | about["files"]}
+    for path in directory.iterdir():
+        if path.name != RECORD:
+            path.unlink()
+    write_json(directory / RECORD, about | {"digest": digest(about)})
 
 
 def _shrink(path: Path) -> None:

@@ -5,15 +5,24 @@ Each test works in a small git checkout.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
-from checkout import make_checkout, publish, publish_at, whole_run, write_notebook
+from checkout import (
+    make_checkout,
+    publish,
+    publish_at,
+    whole_run,
+    write_notebook,
+    write_presets,
+)
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -24,7 +33,7 @@ from companion.notebooks import refresh_notebooks
 from companion.presets import plan
 from companion.recording import record
 from companion.runs import RecordError, Run, copy_recorded, digest, read_record
-from companion.workflow import finish, reproduce, up_to_date
+from companion.workflow import done, finish, reproduce, up_to_date
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import PACKAGE, file_digest
 
@@ -112,6 +121,28 @@ def test_recording_copies_pictures_tables_and_records(checkout: Path) -> None:
     commit(checkout)
     record(echo=said.append)
     assert git(checkout, "status", "--porcelain") == "", "recording again changes nothing"
+
+
+def test_of_a_repetition_its_values_alone_are_recorded(checkout: Path) -> None:
+    write_presets(checkout, quick={"description": "all", "repeat": {"01_line": [100]}})
+    commit(checkout)
+    first, again = plan()
+    for job in (first, again):
+        with whole_run(job.directory):
+            run = Run.start("01_line", preset="quick", seed=job.parameters["seed"])
+            run.save_figure(Figure((1, 1)), "line", alt="An empty figure.")
+            run.record("K1", "steps", 5.0 + job.parameters["seed"])
+            run.complete()
+        nbformat.write(nbformat.v4.new_notebook(), job.build(".ipynb"))
+        done(job).touch()
+    record(echo=lambda _: None)
+    assert (first.recorded / "line.png").is_file()
+    assert [path.name for path in again.recorded.iterdir()] == ["record.json"]
+    kept = read_record(again.recorded)
+    assert (kept["values"][0]["value"], kept["files"]) == (105, {})
+    assert {"line.png", "line.json"} <= kept["unpublished"].keys()
+    row = next(csv.DictReader(results("quick")[0].splitlines()))
+    assert (float(row["value"]), row["seeds"]) == (55, "0 100")
 
 
 def test_recording_fills_the_numbers_in_the_text(checkout: Path) -> None:
