@@ -212,7 +212,7 @@ def test_summary_takes_the_verdict_of_photographs_where_there_is_one() -> None:
     assert re.findall(r"<strong>(\d+)</strong>", text) == ["2", "1"]
     links = re.findall(r'href="([^"]+)"', text)
     assert links == ["wall/cifar10.html#k-1", "wall/cifar10.html#k-2", "claims.html#k-3"]
-    assert re.findall(r"<small>([^<]+)</small>", text) == ["digits · quick: reproduced"]
+    assert re.findall(r"<small>([^<]+)</small>", text) == ["(digits · quick: reproduced)"]
 
 
 # --- notebooks -----------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def verdict_summary(claims: Sequence[ClaimRow], first: Sequence[ClaimRow] = ()) 
     """Return the claims of each verdict as HTML, for the landing page.
 
     The verdict is that of `first` where the claim was attempted there, and what the same claim has
-    in `claims` stands behind it if that is another.
+    in `claims` stands behind in brackets if that is another.
     """
     attempted = {claim.id: claim for claim in first if claim.verdict != "not attempted"}
     pairs = [(attempted.get(claim.id, claim), claim) for claim in claims]
