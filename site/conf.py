@@ -1,6 +1,6 @@
 """Sphinx configuration of the site; `dsv site` writes the pages and calls it."""
 
-import gzip
+import lzma
 from pathlib import Path
 
 import dsvlib
@@ -81,9 +81,9 @@ def setup(app):
 
     def unpack(_app, error):
         """Unpack what is packed in git: two megabytes of the tracked tree would be MathJax."""
-        packed = Path(_app.outdir, "_static", f"{mathjax_path}.gz")
+        packed = Path(_app.outdir, "_static", f"{mathjax_path}.xz")
         if error is None and packed.is_file():
-            packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+            packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
             packed.unlink()
 
     app.connect("build-finished", unpack)
