@@ -27,13 +27,13 @@ from companion.notebooks import (
     repository_code,
 )
 from companion.presets import check_preset, notebook_names, plan, read_presets
-from companion.runs import BADGES, figures_root, repository_root
+from companion.runs import BADGES, figures_root, read_record, repository_root
 from companion.site import content, pictures
 from companion.site.render import render
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, explain
 
-DOCUMENTS = ("findings", "questions", "teaching")  # files of docs that are pages here, too
+DOCUMENTS = ("findings", "own-classifier", "running", "questions", "teaching")  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
 FILM = "noise_to_photographs"  # its animation, the first to move through
 PHOTOGRAPHS = "cifar10"  # the preset whose verdicts come first, where it is recorded
@@ -204,10 +204,18 @@ def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:
         preset = "quick"
     job = plan(preset, only=[name])[0]
     if up_to_date(job):
-        return job.build(".ipynb"), content.badge(preset, BADGES.get(preset, preset))
+        return job.build(".ipynb"), content.badge(preset, _scale(job.directory, preset))
     # what is committed was run at quick
     path = repository_root() / "notebooks" / f"{name}.ipynb"
-    return path, content.badge("quick", BADGES["quick"])
+    return path, content.badge("quick", _scale(figures_root() / "quick" / name, "quick"))
+
+
+def _scale(directory: Path, preset: str) -> str:
+    """Return the data and scale of a run as its figures say it, or as its preset does."""
+    try:
+        return str(read_record(directory)["scale"])
+    except DsvError:
+        return BADGES.get(preset, preset)
 
 
 def _write(path: Path, text: str) -> None:
