@@ -32,6 +32,8 @@ EXPECTED = [
     *(
         "index",
         "findings",
+        "own-classifier",
+        "running",
         "claims",
         "blind-test",
         "exercises",
@@ -50,6 +52,8 @@ EXPECTED = [
 KINDS = [
     "index",
     "findings",
+    "own-classifier",
+    "running",
     "claims",
     "exercises",
     "questions",

@@ -38,6 +38,8 @@ from dsvlib._files import PACKAGE
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = make_checkout(tmp_path, monkeypatch)
     (root / "docs").mkdir()
+    for name in ("own-classifier", "running"):
+        (root / f"docs/{name}.md").write_text(f"# {name}\n")
     (root / "docs/findings.md").write_text("# Found\n\n[pictures](../figures/quick/README.md)\n")
     (root / "docs/questions.md").write_text("# Ten\n\n[first](../notebooks/01_line.ipynb)\n")
     (root / "docs/teaching.md").write_text(
@@ -430,7 +432,7 @@ def test_build_writes_every_page_and_copies_what_they_link_to(
     assert (html / "index.html").read_text() == "new"
     assert said[-1].startswith("1 pages in ")
     pages_made = {"index.md", "claims.md", "blind-test.md", "exercises.md", "api/index.rst"}
-    pages_made |= {"glossary.md", "wall/quick.md", "questions.md", "teaching.md", "findings.md"}
+    pages_made |= {"glossary.md", "wall/quick.md", *(f"{name}.md" for name in build.DOCUMENTS)}
     assert pages_made | {"notebooks/01_line.ipynb"} <= set(built)
     assert "wall/smoke.md" not in built, "a smoke run is no result"
     assert {

@@ -33,7 +33,13 @@ from companion.site.render import render
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, explain
 
-DOCUMENTS = ("findings", "own-classifier", "running", "questions", "teaching")  # files of docs that are pages here, too
+DOCUMENTS = (
+    "findings",
+    "own-classifier",
+    "running",
+    "questions",
+    "teaching",
+)  # files of docs that are pages here, too
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
 FILM = "noise_to_photographs"  # its animation, the first to move through
 PHOTOGRAPHS = "cifar10"  # the preset whose verdicts come first, where it is recorded
