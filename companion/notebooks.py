@@ -66,17 +66,24 @@ def read_notebook(path: Path) -> Any:
         raise DsvError(f"{path.name}: expected a Jupyter notebook, got {reason}") from error
 
 
-def refresh_notebooks(preset: str = "quick", only: Sequence[str] = ()) -> list[str]:
+def refresh_notebooks(
+    preset: str = "quick",
+    only: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    data_root: str | None = None,
+) -> list[str]:
     """Put the outputs of a preset's run, normalised, into the committed notebooks.
 
-    Returns the names refreshed. Raises DsvError, before writing any, if a notebook has not been run
-    here with the present code (`companion.workflow.up_to_date`).
+    `device` and `data_root` are those of the run. Returns the names refreshed. Raises DsvError,
+    before writing any, if a notebook has not been run here with the present code
+    (`companion.workflow.up_to_date`).
     """
     import nbformat
 
     ready = []
     with exclusive(uuid.uuid4().hex):
-        for job in plan(preset, only=only):
+        for job in plan(preset, only=only, device=device, data_root=data_root):
             if job.repetition is not None:
                 continue
             if not up_to_date(job):

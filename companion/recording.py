@@ -69,7 +69,7 @@ def record(
         write_claims(preset)
         write_results(preset)
     if preset == IN_NOTEBOOKS:
-        refresh_notebooks(preset, only)
+        refresh_notebooks(preset, only, device=device, data_root=data_root)
     echo(f"{len(jobs)} runs of preset {preset} recorded; look at git diff, then commit")
     try:
         changed = [path.relative_to(repository_root()).as_posix() for path in write_numbers()]

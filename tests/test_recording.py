@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ from dsvlib._files import PACKAGE, file_digest
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_checkout(tmp_path, monkeypatch)
     monkeypatch.setattr(
-        recording, "refresh_notebooks", lambda *_: []
+        recording, "refresh_notebooks", lambda *_, **__: []
     )  # its own tests are elsewhere
     (tmp_path / ".gitignore").write_text("build/\n.snakemake/\n")
     git(tmp_path, "init", "-q")
@@ -121,6 +122,22 @@ def test_recording_copies_pictures_tables_and_records(checkout: Path) -> None:
     commit(checkout)
     record(echo=said.append)
     assert git(checkout, "status", "--porcelain") == "", "recording again changes nothing"
+
+
+def test_notebooks_take_the_outputs_of_the_run_that_is_recorded(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "refresh_notebooks", refresh_notebooks)
+    photos = str(checkout / "build" / "photos")
+    Path(photos).mkdir(parents=True)
+    commit(checkout)
+    (job,) = plan(data_root=photos)
+    publish(job)
+    shutil.copyfile(checkout / "notebooks" / "01_line.ipynb", job.build(".ipynb"))
+    record(data_root=photos, echo=lambda _: None)
+    commit(checkout)
+    with pytest.raises(DsvError, match="expected a whole run here"):
+        record(echo=lambda _: None)
 
 
 def test_of_a_repetition_its_values_alone_are_recorded(checkout: Path) -> None:
