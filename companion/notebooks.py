@@ -37,7 +37,7 @@ from dsvlib._files import atomic_path
 
 MAX_CELL_LINES = 40
 LARGE = 50_000  # bytes of a picture that is made smaller before it is committed in an output
-PHOTOGRAPHS, NARROW = 120_000, 480  # bytes of one that is made smaller still, and its width then
+PHOTOGRAPHS, NARROW = 110_000, 480  # bytes of one that is made smaller still, and its width then
 MAX_CELLS, MAX_WORDS, MAX_LINES = 65, 4500, 500  # beyond, a notebook is two
 MAX_MEDIAN = 12  # lines of the code cell in the middle: one thought a cell
 CLAIM = re.compile(r"\b(?:DSV|PDD|EXT|TEACH)-[A-Z0-9]\w*")
