@@ -23,8 +23,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from companion.execution import exclusive
 from companion.ledger.claims import claim_ids
@@ -200,10 +202,15 @@ def less_wide(
         small = compact(raw.getvalue(), text or {})
         if len(small) <= most:
             return small
-    raw = io.BytesIO()
-    palette = resized.quantize(256, Image.Quantize.MEDIANCUT)
-    resized.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(raw, "png")
-    return compact(raw.getvalue(), text or {})
+    few = resized.quantize(palette=resized.quantize(256, Image.Quantize.MEDIANCUT))  # dithered
+    colours = np.array(few.getpalette() or []).reshape(-1, 3)
+    colours[(colours >= 248).all(axis=1)] = 255  # paper is white; median cut makes it bluish
+    few.putpalette(colours.astype(np.uint8).tobytes())
+    made, about = io.BytesIO(), PngInfo()
+    for name, value in (text or {}).items():
+        about.add_itxt(name, value)
+    few.save(made, "png", optimize=True, pnginfo=about)
+    return made.getvalue()
 
 
 def _without_paths(text: str) -> str:

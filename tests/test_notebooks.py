@@ -13,7 +13,13 @@ import pytest
 from checkout import BODY, END, publish, write_notebook
 from PIL import Image
 
-from companion.notebooks import NARROW, _normalise_output, check_notebooks, refresh_notebooks
+from companion.notebooks import (
+    NARROW,
+    _normalise_output,
+    check_notebooks,
+    less_wide,
+    refresh_notebooks,
+)
 from companion.presets import notebook_names, plan
 from companion.workflow import forget, reproduce, up_to_date
 from dsvlib._errors import DsvError
@@ -193,6 +199,20 @@ def test_refreshed_notebook_is_clean(checkout: Path) -> None:
     assert reproduce(force=True, echo=lambda _: None)
     refresh_notebooks()
     assert path.read_bytes() == first
+
+
+def test_a_large_picture_on_paper_stays_on_white_paper() -> None:
+    rng = np.random.default_rng(0)
+    pixels = np.full((300, 400, 3), 255, dtype=np.uint8)
+    pixels[30:-30, 30:-30] = rng.integers(0, 256, (240, 340, 3))
+    made = less_wide(Image.fromarray(pixels), (400,), 1000, {"Description": "noise"})
+    with Image.open(io.BytesIO(made)) as opened:
+        assert (opened.mode, opened.size, opened.text) == (
+            "P",
+            (400, 300),
+            {"Description": "noise"},
+        )
+        assert (np.asarray(opened.convert("RGB"))[:20] == 255).all()
 
 
 def test_large_pictures_are_committed_at_the_width_they_are_shown_at() -> None:
