@@ -201,6 +201,12 @@ def test_refreshed_notebook_is_clean(checkout: Path) -> None:
     assert path.read_bytes() == first
 
 
+@pytest.mark.parametrize("where", ["/opt/env/lib/", ".venv/lib/python3.11/", ".venv"])
+def test_outputs_do_not_say_where_packages_lie(where: str) -> None:
+    stream = nbformat.v4.new_output("stream", name="stderr", text=f"{where}/site-packages/a.py: b")
+    assert _normalise_output(stream).text == "site-packages/a.py: b"
+
+
 def test_a_large_picture_on_paper_stays_on_white_paper() -> None:
     rng = np.random.default_rng(0)
     pixels = np.full((300, 400, 3), 255, dtype=np.uint8)

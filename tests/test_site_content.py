@@ -27,7 +27,7 @@ from companion.blind_test import BlindTest
 from companion.ledger.claims import Verdict, blind_test_folder, claim_rows
 from companion.ledger.figure_wall import PublishedRun, read_runs
 from companion.presets import read_presets
-from companion.runs import Run, figures_root, read_record
+from companion.runs import BADGES, Run, figures_root, read_record
 from companion.site import build, content, pictures
 from companion.site.render import fragment, render
 from dsvlib._errors import DsvError, RequestError
@@ -215,6 +215,14 @@ def test_summary_takes_the_verdict_of_photographs_where_there_is_one() -> None:
     links = re.findall(r'href="([^"]+)"', text)
     assert links == ["wall/cifar10.html#k-1", "wall/cifar10.html#k-2", "claims.html#k-3"]
     assert re.findall(r"<small>([^<]+)</small>", text) == ["(digits · quick: reproduced)"]
+
+
+def test_a_page_bears_the_badge_of_its_record(checkout: Path) -> None:
+    folder = figures_root() / "quick" / "01_line"
+    with whole_run(folder):
+        Run.start("01_line", preset="quick", seed=0, scale="photographs").complete()
+    assert build._scale(folder, "quick") == "photographs"
+    assert build._scale(folder.with_name("02_more"), "quick") == BADGES["quick"]
 
 
 # --- notebooks -----------------------------------------------------------------------------------

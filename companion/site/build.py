@@ -33,13 +33,8 @@ from companion.site.render import render
 from companion.workflow import up_to_date
 from dsvlib._errors import DsvError, explain
 
-DOCUMENTS = (
-    "findings",
-    "own-classifier",
-    "running",
-    "questions",
-    "teaching",
-)  # files of docs that are pages here, too
+# files of docs that are pages here, too
+DOCUMENTS = ("findings", "own-classifier", "running", "questions", "teaching")
 HERO = "cifar10_from_a_classifier_alone"  # a figure of notebook 14
 FILM = "noise_to_photographs"  # its animation, the first to move through
 PHOTOGRAPHS = "cifar10"  # the preset whose verdicts come first, where it is recorded
@@ -135,6 +130,7 @@ def _write_results(
     """Write the pages of all results and return each picture as HTML for a page in a folder."""
     cards: dict[str, str] = {}
     walls: list[tuple[str, str]] = []
+    claims = {preset: claim_rows(preset)}
     own: list[PublishedRun] = []
     moving: dict[str, str] = {}  # by name: photographs stand for the digits of the same figure
     for name in read_presets():
@@ -153,20 +149,20 @@ def _write_results(
             cards[entry.picture] = content.card(entry, up="../", small=small)
             if shots := pictures.frames(entry, original, extra):
                 moving[entry.sidecar["name"]] = content.scrubber(entry, shots)
+        if name != preset:
+            claims[name] = claim_rows(name)
         page = render(
             "scale.md",
             badge=BADGES.get(name, name),
             preset=name,
             wall=content.wall(runs, titles, up="../", small=small),
-            ledger=None if name == preset else content.ledger(claim_rows(name), titles, up="../"),
+            ledger=None if name == preset else content.ledger(claims[name], titles, up="../"),
         )
         _write(source / "wall" / f"{name}.md", page)
         walls.append((name, BADGES.get(name, name)))
         if name == preset:
             own = runs
-    claims = claim_rows(preset)
-    shown = preset != "smoke" and PHOTOGRAPHS in dict(walls)
-    photographs = claim_rows(PHOTOGRAPHS) if shown else []
+    first = claims.get(PHOTOGRAPHS, []) if preset not in ("smoke", PHOTOGRAPHS) else []
     # the picture for the top of the site: what people come for, else the first notebook's first
     figures = [entry for run in own for entry in run.figures]
     named = [entry for entry in figures if entry.sidecar["name"] == HERO]
@@ -175,16 +171,17 @@ def _write_results(
         "index.md",
         hero=hero and content.card(hero),
         scrubbers=[moving[name] for name in sorted(moving, key=lambda n: (n != FILM, n))],
-        verdicts=content.verdict_summary(claims, photographs),
+        verdicts=content.verdict_summary(claims[preset], first),
         badge=BADGES.get(preset, preset),
-        photographs=photographs and BADGES[PHOTOGRAPHS],
+        photographs=first and BADGES[PHOTOGRAPHS],
+        ours=bool(named),
         walls=walls,
         notebooks=list(titles),
     )
     _write(source / "index.md", page)
     _write(source / "glossary.md", render("glossary.md", words=content.glossary()))
     _write(extra / "glossary.js", content.glossary_script())
-    _write(source / "claims.md", render("claims.md", ledger=content.ledger(claims, titles)))
+    _write(source / "claims.md", render("claims.md", ledger=content.ledger(claims[preset], titles)))
     return cards
 
 
