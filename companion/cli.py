@@ -27,7 +27,7 @@ app.add_typer(notebooks, name="notebooks")
 Only = Annotated[
     list[str] | None, typer.Option("--only", help="A notebook, by number or name; repeatable.")
 ]
-Preset = Annotated[str, typer.Option(help="smoke, quick, cifar10, imagenette or paper.")]
+Preset = Annotated[str, typer.Option(help="smoke, quick, cifar10[-ten], imagenette or paper.")]
 MOST = 1024  # notebooks or threads at once: beyond it, a mistyped number
 
 
