@@ -608,3 +608,9 @@ def test_the_recorded_blind_test_is_the_one_of_its_claim() -> None:
             assert folder is not None
             own = figures_root() / preset / row.notebook
             assert BlindTest.load(own).digest == BlindTest.load(folder).digest
+
+
+def test_a_preset_is_named_in_words() -> None:
+    assert build._label("cifar10") == "CIFAR-10 · reduced"
+    assert build._label("cifar10-ten") == "CIFAR-10 · ten per class, reduced"
+    assert build._label("of my own") == "of my own"  # not recorded

@@ -27,7 +27,7 @@ from companion.notebooks import (
     repository_code,
 )
 from companion.presets import check_preset, notebook_names, plan, read_presets
-from companion.runs import BADGES, figures_root, read_record, repository_root
+from companion.runs import BADGES, RECORD, figures_root, read_record, repository_root
 from companion.site import content, pictures
 from companion.site.render import render
 from companion.workflow import up_to_date
@@ -153,13 +153,13 @@ def _write_results(
             claims[name] = claim_rows(name)
         page = render(
             "scale.md",
-            badge=BADGES.get(name, name),
+            badge=_label(name),
             preset=name,
             wall=content.wall(runs, titles, up="../", small=small),
             ledger=None if name == preset else content.ledger(claims[name], titles, up="../"),
         )
         _write(source / "wall" / f"{name}.md", page)
-        walls.append((name, BADGES.get(name, name)))
+        walls.append((name, _label(name)))
         if name == preset:
             own = runs
     first = claims.get(PHOTOGRAPHS, []) if preset not in ("smoke", PHOTOGRAPHS) else []
@@ -211,6 +211,12 @@ def _notebook_to_show(name: str, preset: str) -> tuple[Path, str]:
     # what is committed was run at quick
     path = repository_root() / "notebooks" / f"{name}.ipynb"
     return path, content.badge("quick", _scale(figures_root() / "quick" / name, "quick"))
+
+
+def _label(preset: str) -> str:
+    """Return a preset in words: its badge or, where it has none, that of its first run."""
+    runs = sorted(record.parent for record in (figures_root() / preset).glob(f"*/{RECORD}"))
+    return _scale(runs[0], preset) if runs and preset not in BADGES else BADGES.get(preset, preset)
 
 
 def _scale(directory: Path, preset: str) -> str:
