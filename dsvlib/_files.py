@@ -67,6 +67,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     A reader sees the old file or the new one, never half of either, also after `kill -9`.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target}: expected a file, got a folder; name a file in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)

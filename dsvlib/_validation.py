@@ -7,6 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+ONE_SCORE = (
+    "pass a loss_fn for one that tells two classes apart, or let it return "
+    "torch.cat([0 * score, score], dim=1)"
+)
+
 
 def check_finite(name: str, value: Tensor) -> None:
     """Raise ValueError if `value` holds a NaN or an infinity."""
@@ -96,7 +101,7 @@ def check_label_range(labels: Tensor, num_classes: int) -> None:
         raise ValueError(
             f"labels: expected class numbers from 0 to {num_classes - 1}, got {wrong}; "
             f"the model has {num_classes} outputs"
-            + (" (pass a loss_fn for one that tells two classes apart)" if num_classes == 1 else "")
+            + (f" ({ONE_SCORE})" if num_classes == 1 else "")
             + (": subtract 1 from labels that start at 1" if from_one else "")
         )
 
@@ -171,7 +176,13 @@ def check_bounds(
     """
     if bounds is None:
         return None
-    low, high = (torch.as_tensor(b, dtype=like.dtype, device=like.device) for b in bounds)
+    try:
+        low, high = (torch.as_tensor(b, dtype=like.dtype, device=like.device) for b in bounds)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"bounds: expected a pair (low, high), got {type(bounds).__name__} {bounds!r}; "
+            f"Dataset.bounds has the right form"
+        ) from error
     for name, bound in (("low", low), ("high", high)):
         check_finite(f"bounds {name}", bound)
         if bound.ndim > 1 or bound.numel() not in (1, shape[0]):
@@ -185,12 +196,41 @@ def check_bounds(
     return low, high
 
 
+def as_generator(generator: torch.Generator | None) -> torch.Generator:
+    """Return a CPU generator: the one given, or a fresh one with seed 0."""
+    if generator is None:
+        return torch.Generator().manual_seed(0)
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        seed = generator if isinstance(generator, int) else 0
+        raise TypeError(
+            f"generator: expected a torch.Generator on the CPU, got {type(generator).__name__} "
+            f"{generator}; pass torch.Generator().manual_seed({seed})"
+        )
+    return generator
+
+
+def labels_to(labels: Tensor, target: torch.device | str | torch.dtype) -> Tensor:
+    """Return labels on a device, or in a dtype where they are soft: class numbers stay int64."""
+    if isinstance(target, torch.dtype) and not labels.is_floating_point():
+        return labels
+    return labels.to(target)
+
+
 def check_steps_possible(theta: Tensor) -> None:
     """Raise ValueError for float16, in which Adam's ε is 0 and a slope of 0 gives 0/0."""
     if theta.dtype == torch.float16:
         raise ValueError(
             "model: expected parameters in float32, float64 or bfloat16 to take Adam steps, got "
             "float16, in which they are not finite; convert it with model.float()"
+        )
+
+
+def check_gradients_on() -> None:
+    """Raise ValueError under torch.inference_mode, which nothing inside of it can leave."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "expected a place where gradients can be taken, got torch.inference_mode; call this "
+            "outside of it (torch.no_grad may stay)"
         )
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsvlib._validation import check_number
+from dsvlib._validation import as_generator, check_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +270,7 @@ def augment(inputs: Tensor, config: AugmentationConfig, *, generator: torch.Gene
         config,
         len(inputs),
         (channels, height, width),
-        generator=generator,
+        generator=as_generator(generator),
         device=inputs.device,
         dtype=inputs.dtype,
     )

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None, register: Register | None = Non
     ends = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
     heard = [number for number in ends if signal.getsignal(number) is not signal.SIG_IGN]
     earlier = {number: signal.signal(number, _interrupt) for number in heard}
+    show, warnings.showwarning = warnings.showwarning, _warn
     try:
         app = _application(register or _companion())
         status = app([w for w in words if w != "--debug"], prog_name="dsv", standalone_mode=False)
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str] | None = None, register: Register | None = Non
         default = 2 if isinstance(error, typer.TyperException) else 1
         status = _complain(message, getattr(error, "exit_status", default))
     finally:
+        warnings.showwarning = show
         for number, handler in earlier.items():
             signal.signal(number, handler)
     raise SystemExit(status if isinstance(status, int) else 0)
@@ -131,6 +134,10 @@ def _missing(names: Sequence[str], fix: str) -> Register:
 
 def _interrupt(number: int, _: object) -> None:
     raise KeyboardInterrupt(f"signal {number}")
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"dsv: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _complain(message: str, status: int) -> int:

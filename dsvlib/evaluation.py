@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import pandas as pd
 import torch
@@ -134,7 +135,8 @@ def evaluate(
         adversarial images, averages, a polish or bfloat16; a warning says so where a number of
         networks was asked for.
 
-    Raises ValueError where the labels do not fit the network or no seed is given.
+    Raises ValueError where the labels do not fit the network, no seed is given or `build_model`
+    returns the same network twice; TypeError where it is, or returns, something else.
     """
     config = config or EvaluationConfig()
     if isinstance(seeds, int):
@@ -145,13 +147,18 @@ def evaluate(
     target = (target.argmax(dim=1) if target.is_floating_point() else target).cpu()
     if together is not None:
         check_count("together", together)
+    if isinstance(build_model, nn.Module):
+        raise TypeError(
+            f"build_model: expected a function that builds a fresh network, got the network "
+            f"{type(build_model).__name__}; pass e.g. lambda: {type(build_model).__name__}(…)"
+        )
     accuracies, rows = [], []
-    pending = list(seeds)
+    pending, seen = list(seeds), WeakSet[nn.Module]()
     while pending:
-        networks = [_fresh(build_model, pending[0])]
+        networks = [_fresh(build_model, pending[0], seen)]
         size = together or (10 if device_of(networks[0]).type == "cuda" else 1)
         group, pending = pending[:size], pending[size:]
-        networks += [_fresh(build_model, seed) for seed in group[1:]]
+        networks += [_fresh(build_model, seed, seen) for seed in group[1:]]
         for network in networks:
             outputs = logits_of(network, samples.inputs[:1]).shape[1]
             for labels in (as_labels(samples.labels), as_labels(test.labels)):
@@ -170,10 +177,22 @@ def evaluate(
     return Evaluation(torch.stack(accuracies), pd.DataFrame(rows))
 
 
-def _fresh(build_model: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _fresh(build_model: Callable[[], nn.Module], seed: int, seen: WeakSet[nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_model()
+        network = build_model()
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"build_model: expected a function that returns a torch.nn.Module, got "
+            f"{type(network).__name__}; pass e.g. lambda: build_model('convnet', …)"
+        )
+    if network in seen:
+        raise ValueError(
+            "build_model: expected a fresh network at each call, got the same one again, which "
+            "has learned already; build it, or a copy, inside the function"
+        )
+    seen.add(network)
+    return network
 
 
 def _train(

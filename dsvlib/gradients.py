@@ -27,13 +27,14 @@ from dsvlib._validation import (
     as_labels,
     check_count,
     check_finite,
+    check_gradients_on,
     check_inputs,
     check_label_range,
     check_same_length,
     select_params,
 )
 from dsvlib.frozen import evaluation_mode, read_logits
-from dsvlib.logits import CrossEntropy, LossFn, cross_entropy
+from dsvlib.logits import CrossEntropy, LossFn, check_scores, cross_entropy
 from dsvlib.support_set import SupportSet, as_targets
 
 # For each pair of samples: K, its eigenvectors and root, and the solver's copies of them, which
@@ -55,6 +56,7 @@ class FrozenClassifier:
         params: Mapping[str, Tensor] | None = None,
         loss_fn: LossFn | None = None,
     ) -> None:
+        check_gradients_on()
         chosen = select_params(model, params)
         _check_weights(model, chosen)
         # copies: a network may clamp its weights as it reads, and no .grad is touched
@@ -126,6 +128,7 @@ class FrozenClassifier:
         # a loss of one's own may code labels as it likes; labels are checked once, not every step
         if isinstance(self.loss_fn, CrossEntropy) and labels is not self._checked:
             check_label_range(as_labels(labels), logits.shape[1])
+            check_scores(logits.detach())
             self._checked = labels
         losses = self.loss_fn(logits, labels.clone())  # it may code them anew in place
         if losses.shape != (len(inputs),):

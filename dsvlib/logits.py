@@ -5,6 +5,7 @@ Shapes: logits [n, K]; labels int64 [n] or float [n, K] (soft); every function r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsvlib._validation import as_labels, check_label_range, check_number, check_same_length
+from dsvlib._validation import (
+    ONE_SCORE,
+    as_labels,
+    check_label_range,
+    check_number,
+    check_same_length,
+)
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,11 +72,32 @@ def is_feasible(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Raise ValueError unless `logits` is [n, K] with K ≥ 2."""
+    """Raise ValueError unless `logits` is [n, K] with K ≥ 2, TypeError where it holds no floats."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(
+            f"logits: expected a float tensor [n, K], got {kind}; pass the classifier's output"
+        )
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"logits: expected shape [n, K] with K ≥ 2, got {list(logits.shape)}; "
             f"pass the classifier's output for a batch"
+        )
+
+
+def check_scores(logits: Tensor) -> None:
+    """Raise ValueError for what cross-entropy is 0 of, and warn where it takes softmax twice."""
+    if logits.shape[1] == 1:
+        raise ValueError(
+            "loss_fn: expected two logits or more for cross-entropy, got one, of which it is "
+            f"always 0; {ONE_SCORE}"
+        )
+    sums = logits.sum(dim=1)
+    if bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+        warnings.warn(
+            "model: expected logits, got probabilities (rows ≥ 0 that sum to 1), of which "
+            "cross-entropy takes the softmax again; leave out the network's last softmax",
+            stacklevel=2,
         )
 
 
@@ -79,7 +107,7 @@ def entropy(logits: Tensor) -> Tensor:
     log_probabilities = F.log_softmax(logits, dim=1)
     # p·log p → 0 as p → 0: masked where exp underflowed, since 0·(−∞) would be a NaN
     product = log_probabilities.exp() * log_probabilities.clamp(min=-1e4)
-    return -product.sum(dim=1)
+    return 0.0 - product.sum(dim=1)  # not −0 where one class is certain
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:

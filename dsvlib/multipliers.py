@@ -28,6 +28,7 @@ from dsvlib._box_quadratic import minimise
 from dsvlib._progress import progress_bar
 from dsvlib._schedule import has_settled, learning_rate_factor
 from dsvlib._validation import (
+    as_generator,
     check_choice,
     check_count,
     check_finite,
@@ -198,13 +199,13 @@ def fit_multipliers(
             "init: expected None for method 'nnls', got a tensor; the convex problem has one "
             "optimum wherever it starts, use method='gradient' to start from given multipliers"
         )
+    generator = as_generator(generator)
     with evaluation_mode(model):
         logits = gradients.logits()
         entropies = entropy(logits) if logits.shape[1] > 1 else None
         if isinstance(config, NNLSConfig):
             fit = _fit_nnls(gradients, entropies, config)
         else:
-            generator = generator or torch.Generator().manual_seed(0)
             fit = _fit_gradient(gradients, entropies, config, init, generator, on_step)
     samples = SupportSet(gradients.inputs, gradients.labels, fit.multipliers)
     return Solution(

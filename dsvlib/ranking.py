@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from dsvlib._validation import check_count, check_number, check_same_length
+from dsvlib._validation import as_generator, check_count, check_number, check_same_length
 from dsvlib.augmentation import AugmentationConfig, augment
 from dsvlib.frozen import evaluation_mode
 from dsvlib.gradients import SampleGradients
@@ -57,7 +57,7 @@ def rank(
     check_number("share_weight", share_weight, at_least=0)
     if share_weight > 1:
         raise ValueError(f"share_weight: expected a part from 0 to 1, got {share_weight!r}")
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = as_generator(generator)
     found = SampleGradients(model, samples.inputs, samples.labels)
     multipliers = samples.multipliers.to(found.theta)
     robustness = torch.zeros(len(samples), dtype=torch.float64)

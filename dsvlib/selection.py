@@ -16,7 +16,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dsvlib._validation import as_labels, check_count, check_finite, check_inputs, check_same_length
+from dsvlib._validation import (
+    as_generator,
+    as_labels,
+    check_count,
+    check_finite,
+    check_inputs,
+    check_same_length,
+)
 from dsvlib.classifiers.architectures import embed
 from dsvlib.data.datasets import AnySplit, Dataset, as_split
 from dsvlib.frozen import device_of, evaluation_mode
@@ -41,7 +48,7 @@ def random_subset(
 
     `generator` is a CPU generator (default: a fresh one with seed 0). Raises as `select` does.
     """
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = as_generator(generator)
 
     def draw(group: Tensor) -> Tensor:
         return torch.randperm(len(group), generator=generator)[:per_class].to(group.device)
@@ -61,7 +68,8 @@ def class_means(
     means, labels = [], []
     for label, group in enumerate(_groups(samples.labels, per_class, _class_count(samples))):
         if generator is not None:
-            group = group[torch.randperm(len(group), generator=generator).to(group.device)]
+            draw = as_generator(generator)
+            group = group[torch.randperm(len(group), generator=draw).to(group.device)]
         means += [samples.inputs[group[part::per_class]].mean(dim=0) for part in range(per_class)]
         labels += [label] * per_class
     return dataclasses.replace(

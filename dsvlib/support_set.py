@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dsvlib._files import atomic_path, read_safetensors
-from dsvlib._validation import as_labels, check_finite, check_inputs, check_same_length
+from dsvlib._validation import as_labels, check_finite, check_inputs, check_same_length, labels_to
 
 FORMAT = "dsvlib.support-set.v1"
 
@@ -143,12 +143,12 @@ class SupportSet(Normalised):
             multipliers=self.multipliers[index],
         )
 
-    def to(self, device: torch.device | str) -> SupportSet:
-        """Return the same samples on `device`."""
+    def to(self, device: torch.device | str | torch.dtype) -> SupportSet:
+        """Return the same samples on `device`, or in that dtype (class numbers stay int64)."""
         return dataclasses.replace(
             self,
             inputs=self.inputs.to(device),
-            labels=self.labels.to(device),
+            labels=labels_to(self.labels, device),
             multipliers=self.multipliers.to(device),
         )
 

@@ -30,6 +30,7 @@ from dsvlib._resume import Checkpoint, State
 from dsvlib._schedule import learning_rate_factor
 from dsvlib._second_derivatives import check_not_severed, explain_failure
 from dsvlib._validation import (
+    as_generator,
     as_labels,
     check_bounds,
     check_choice,
@@ -369,7 +370,7 @@ def synthesize(
     check_count("checkpoint_every", checkpoint_every)
     if batch_size is not None:
         check_count("batch_size", batch_size)
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = as_generator(generator)
     started = generator.get_state()
     coded = as_labels(labels) if loss_fn is None else as_targets(labels)
     if loss_fn is None:

@@ -161,6 +161,13 @@ def test_model_not_from_build_model(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_names_are_as_many_as_logits(tmp_path):
+    model = build_model("convnet", num_classes=3, shape=(1, 8, 8), width=2, depth=1)
+    with pytest.raises(ValueError, match="got classes 2, logits 3"):
+        save_classifier(tmp_path / "two.safetensors", model, classes=["a", "b"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_metadata_must_be_json(tmp_path):
     with pytest.raises(TypeError, match="JSON"):
         save_classifier(tmp_path / "file", small(), mean=torch.zeros(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -259,6 +260,23 @@ def test_values_out_of_range_are_one_line(
 def test_class_lists_with_marks_and_other_line_ends(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "classes").write_bytes("pêche\r\n 猫 \r\n\r\nc".encode(encoding))
     assert cli._class_list(tmp_path / "classes") == ["pêche", "猫", "c"]
+
+
+def test_a_warning_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = "nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.Softmax(1))"
+    (tmp_path / "softly.py").write_text(f"from torch import nn\ndef build():\n    return {net}\n")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    torch.save({"1.weight": torch.eye(2, 64), "1.bias": torch.zeros(2)}, tmp_path / "own.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ["synthesize", "--architecture", "softly:build", "--weights", "own.pt", "--steps", "2"]
+    words += ["--mean", "0.5", "--std", "0.5", "--shape", "1,8,8", "--classes", "classes.txt"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert run(*words, "--out", "made") == 0
+    assert stderr_line(capsys).startswith("dsv: warning: model: expected logits, got probabilities")
 
 
 @pytest.mark.parametrize(

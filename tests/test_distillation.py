@@ -79,6 +79,16 @@ def pdd(split: Split, per_class: int = 1, **changes: Any) -> Solution:
     return dm(split, per_class, make_classifier(), **changes)
 
 
+@pytest.mark.parametrize("method", [dc, dsa, dm, pdd])
+def test_gradients_that_the_caller_switched_off_are_on_inside(method):
+    plain = method(make_split()).samples.inputs
+    with torch.no_grad():
+        torch.testing.assert_close(method(make_split()).samples.inputs, plain, rtol=0, atol=0)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch.inference_mode; call"):
+        method(make_split())
+
+
 METHODS = pytest.mark.parametrize("method", [dc, dsa, dm, pdd])
 
 
@@ -507,6 +517,9 @@ def test_bad_data_is_told_in_one_sentence() -> None:
         dm(Split(split.inputs * torch.nan, split.labels))
     with pytest.raises(ValueError, match="bounds: expected low < high"):
         match_gradients(split, per_class=1, bounds=(1.0, -1.0))
+    for bounds in (1.0, (1.0,)):
+        with pytest.raises(TypeError, match=r"bounds: expected a pair \(low, high\), got"):
+            match_gradients(split, per_class=1, bounds=bounds)
 
 
 @METHODS

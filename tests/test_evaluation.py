@@ -214,6 +214,29 @@ def test_no_seeds_are_refused(real, test_part):
         evaluate(real, test_part, build_model=network, config=SHORT, seeds=5)
 
 
+def test_networks_are_fresh(real, test_part):
+    options = {"config": SHORT, "seeds": [0, 1]}
+    trained = network()
+    with pytest.raises(TypeError, match=r"a function that builds .*, got the network Sequential;"):
+        evaluate(real, test_part, build_model=trained, **options)
+    with pytest.raises(TypeError, match=r"returns a torch.nn.Module, got NoneType;"):
+        evaluate(real, test_part, build_model=lambda: None, **options)
+    for together in (1, 2):
+        with pytest.raises(ValueError, match=r"got the same one again, which has learned already"):
+            evaluate(real, test_part, build_model=lambda: trained, together=together, **options)
+
+
+def test_one_score_and_probabilities_are_told(real, test_part):
+    alike = SupportSet(real.inputs, 0 * real.labels, real.multipliers)
+    same = replace(test_part, labels=0 * test_part.labels)
+    one, two = (nn.Sequential(nn.Flatten(), nn.Linear(256, n), nn.Softmax(1)) for n in (1, 10))
+    options = {"config": SHORT, "seeds": [0]}
+    with pytest.raises(ValueError, match="got one, of which it is always 0"):
+        evaluate(alike, same, build_model=lambda: one, **options)
+    with pytest.warns(UserWarning, match="expected logits, got probabilities"):
+        evaluate(real, test_part, build_model=lambda: two, **options)
+
+
 def test_wrong_test_shapes_are_refused_before_training(real, test_part):
     calls = []
 

@@ -473,6 +473,46 @@ def test_networks_that_cannot_be_differentiated_are_refused_in_words(make, messa
         reader(make(), candidates())
 
 
+@all_readers
+def test_one_score_has_no_cross_entropy(reader):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(32, 1)).double()
+    samples = candidates()
+    alike = SupportSet(samples.inputs, torch.zeros(len(samples)).long(), samples.multipliers)
+    with pytest.raises(ValueError, match=r"one, of which it is always 0; pass a loss_fn for one"):
+        reader(model, alike)
+    score = model.forward
+    model.forward = lambda x: torch.cat([0 * score(x), score(x)], dim=1)  # what the message says
+    reader(model, alike)
+
+
+LAST: dict[str, tuple[nn.Module, bool]] = {
+    "softmax": (nn.Softmax(dim=1), True),
+    "log softmax": (nn.LogSoftmax(dim=1), False),  # a cross-entropy of it is the logits' own
+    "sigmoid": (nn.Sigmoid(), False),
+    "nothing": (nn.Identity(), False),
+}
+
+
+@all_readers
+@pytest.mark.parametrize(("last", "announced"), LAST.values(), ids=LAST)
+def test_probabilities_for_logits_are_announced(last, announced, reader):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        reader(nn.Sequential(Body(), last).double(), candidates())
+    said = [str(w.message) for w in heard if "got probabilities" in str(w.message)]
+    assert bool(said) == announced
+
+
+@all_readers
+def test_inference_mode_is_refused_in_words(reader):
+    model, samples = Body().double(), candidates()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch.inference_mode; call"):
+        reader(model, samples)
+    with torch.inference_mode():
+        made_inside = samples.inputs.clone()
+    reader(model, SupportSet(made_inside, samples.labels, samples.multipliers))
+
+
 def test_weights_used_twice_have_one_gradient():
     """Tied weights stand under one name, with the sum of both uses' gradients."""
 

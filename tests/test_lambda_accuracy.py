@@ -46,6 +46,7 @@ def test_entropy_at_both_ends():
     value = entropy(certain)
     value.sum().backward()
     assert value.item() == 0
+    assert math.copysign(1, value.item()) == 1, "no −0 in a table"
     assert torch.isfinite(certain.grad).all()
 
 
@@ -53,6 +54,16 @@ def test_margin_by_hand():
     logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
     assert margin(logits, torch.tensor([0, 2])).tolist() == [2, -3]
     assert margin(logits, torch.eye(3)[[0, 2]]).tolist() == [2, -3]
+
+
+def test_logits_are_floats():
+    for read in (entropy, lambda logits: margin(logits, torch.tensor([0, 1]))):
+        for logits, kind in (
+            (torch.ones(2, 3).long(), "torch.int64"),
+            (np.ones((2, 3)), "ndarray"),
+        ):
+            with pytest.raises(TypeError, match=f"expected a float tensor .*, got {kind}"):
+                read(logits)
 
 
 def test_logits_that_do_not_fit():

@@ -39,6 +39,13 @@ def test_power_of_all_coefficients_is_the_squared_norm(size: tuple[int, int]) ->
     assert sum(spectrum.attrs["coefficients"]) == size[0] * size[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_in_single(dtype: torch.dtype) -> None:
+    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert radial_spectrum(images).equals(radial_spectrum(images.float()))
+    assert band_pass(images, 0, 0.2).dtype == dtype
+
+
 def test_white_noise_is_flat() -> None:
     noise = torch.randn(400, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     assert radial_spectrum(noise)["power"].between(0.8, 1.2).all()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsvlib import SupportSet, save_classifier
 from dsvlib.classifiers.architectures import build_model
+from dsvlib.data.datasets import Split
 from dsvlib.logits import is_feasible
 
 
@@ -103,6 +104,18 @@ def test_to_moves_every_tensor(device):
     for name in ("inputs", "labels", "multipliers"):
         assert getattr(moved, name).device.type == device
     assert_equal(moved.to("cpu"), make())
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_to_another_dtype_leaves_class_numbers_alone(soft):
+    samples = make(soft=soft)
+    double = samples.to(torch.float64)
+    assert double.inputs.dtype == double.multipliers.dtype == torch.float64
+    assert double.labels.dtype == (torch.float64 if soft else torch.int64)
+    assert Split(samples.inputs, samples.labels).to(torch.float64).labels.dtype == (
+        double.labels.dtype
+    )
+    assert_equal(double.to(samples.inputs.dtype), samples)
 
 
 def test_labels_may_be_a_list_or_smaller_integers():
@@ -208,6 +221,12 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         make(4).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_not_written_to(tmp_path):
+    with pytest.raises(IsADirectoryError, match="expected a file, got a folder; name a file in it"):
+        make().save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_damaged_and_foreign_files(tmp_path):

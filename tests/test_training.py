@@ -273,6 +273,18 @@ def test_modes_are_put_back():
     assert [m.training for m in model.modules()] == modes
 
 
+@pytest.mark.parametrize("change", [{}, {"polish_steps": 2}, {"average_epochs": 2}])
+def test_gradients_that_the_caller_switched_off_are_on_inside(change):
+    config, (plain, inside, fresh) = replace(QUICK, **change), (linear() for _ in range(3))
+    train(plain, problem(), config=config)
+    with torch.no_grad():
+        train(inside, problem(), config=config)
+        assert not torch.is_grad_enabled()
+    torch.testing.assert_close(vector(inside), vector(plain), rtol=0, atol=0)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch.inference_mode; call"):
+        train(fresh, problem(), config=config)
+
+
 # --- accuracy ------------------------------------------------------------------------------------
 
 

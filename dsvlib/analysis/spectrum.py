@@ -73,4 +73,4 @@ def _check_images(inputs: Tensor) -> Tensor:
             f"inputs: expected images [n, C, H, W], got shape {list(images.shape)}; "
             f"add the dimensions that are missing"
         )
-    return images
+    return images.float() if torch.finfo(images.dtype).bits < 32 else images

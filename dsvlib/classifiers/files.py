@@ -33,7 +33,8 @@ def save_classifier(path: str | os.PathLike[str], model: nn.Module, **metadata: 
     """Write a classifier that `build_model` made, wrapped or not, whole or not at all.
 
     `metadata` is any JSON: by convention `dataset`, `classes`, `mean`, `std` and how it was
-    trained. Raises TypeError for a model of unknown architecture or metadata that is no JSON.
+    trained. Raises TypeError for a model of unknown architecture or metadata that is no JSON,
+    ValueError for more or fewer class names than logits.
     """
     from safetensors.torch import save_file
 
@@ -43,6 +44,13 @@ def save_classifier(path: str | os.PathLike[str], model: nn.Module, **metadata: 
         raise TypeError(
             f"model: expected a classifier from build_model, got {type(model).__name__}; "
             f"save another network's weights with safetensors.torch.save_model"
+        )
+    names = metadata.get("classes")
+    known = (1, 2) if spec.num_classes == 1 else (spec.num_classes,)  # one tells two apart
+    if names is not None and len(names) not in known:
+        raise ValueError(
+            f"classes: expected one name for each logit, got classes {len(names)}, logits "
+            f"{spec.num_classes}; name those that the network has"
         )
     header = {"format": FORMAT, "spec": json.dumps(asdict(spec)), "metadata": json.dumps(metadata)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}

@@ -25,9 +25,11 @@ from torch.optim.swa_utils import AveragedModel
 from dsvlib._progress import progress_bar
 from dsvlib._schedule import Schedule, learning_rate_factor
 from dsvlib._validation import (
+    as_generator,
     as_labels,
     check_choice,
     check_count,
+    check_gradients_on,
     check_inputs,
     check_label_range,
     check_number,
@@ -38,7 +40,7 @@ from dsvlib.classifiers.adversarial import AdversarialConfig, attack
 from dsvlib.data.datasets import AnySplit, as_split
 from dsvlib.data.datasets import Labelled as Labelled
 from dsvlib.frozen import as_logits, device_of, evaluation_mode, read_logits
-from dsvlib.logits import LossFn, cross_entropy, is_feasible, predict
+from dsvlib.logits import LossFn, check_scores, cross_entropy, is_feasible, predict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class TrainConfig:
             check_count(name, getattr(self, name))
 
 
+@torch.enable_grad()
 def train(
     model: nn.Module,
     split: AnySplit,
@@ -129,8 +132,9 @@ def train(
     Raises ValueError for wrong shapes or labels, for a model without gradients, and for a last
     batch of one under batch norm; FloatingPointError when training diverges.
     """
+    check_gradients_on()
     config = config or TrainConfig()
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = as_generator(generator)
     split = as_split(split)
     inputs, labels = _check_split(split, loss_fn)
     losses_of = loss_fn or cross_entropy
@@ -145,6 +149,7 @@ def train(
     logits = logits_of(model, inputs[:1])
     if loss_fn is None:
         check_label_range(labels, logits.shape[1])
+        check_scores(logits)
     else:
         _check_losses(loss_fn(logits, labels[:1]))
     _check_last_batch(model, inputs, config.batch_size)
@@ -195,6 +200,7 @@ def train(
     return pd.DataFrame(rows, columns=["epoch", "loss", "accuracy", "learning_rate"])
 
 
+@torch.enable_grad()
 def train_together(
     models: Sequence[nn.Module],
     split: AnySplit,
@@ -213,9 +219,11 @@ def train_together(
         return "adversarial images, averages and the polish are for one network alone"
     if config.precision != "float32":
         return "bfloat16 is for one network alone"
+    check_gradients_on()
     inputs, labels = _check_split(as_split(split))
     device = device_of(models[0])
     inputs, labels = inputs.detach().to(device), labels.detach().to(device)
+    check_scores(logits_of(models[0], inputs[:1]))
     _check_last_batch(models[0], inputs, config.batch_size)
 
     def one(weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsvlib._files import downloads_folder
-from dsvlib._validation import as_labels, check_same_length, suggestion
+from dsvlib._validation import as_labels, check_same_length, labels_to, suggestion
 from dsvlib.data.folders import SeveralSizes, read_folder
 from dsvlib.support_set import Normalised, SupportSet
 
@@ -71,9 +71,9 @@ class Split:
     def __getitem__(self, index: Tensor | slice) -> Split:
         return replace(self, inputs=self.inputs[index], labels=self.labels[index])
 
-    def to(self, device: torch.device | str) -> Split:
-        """Return the same samples on `device`."""
-        return replace(self, inputs=self.inputs.to(device), labels=self.labels.to(device))
+    def to(self, device: torch.device | str | torch.dtype) -> Split:
+        """Return the same samples on `device`, or in that dtype (class numbers stay int64)."""
+        return replace(self, inputs=self.inputs.to(device), labels=labels_to(self.labels, device))
 
 
 Labelled = Split | SupportSet  # what can be trained on or tested on

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from dsvlib._progress import progress_bar
 from dsvlib._validation import (
+    as_generator,
     as_labels,
     check_bounds,
     check_choice,
     check_count,
+    check_gradients_on,
     check_inputs,
     check_number,
 )
@@ -82,7 +84,7 @@ def seen_images(split: AnySplit, shot: int | None, *, generator: torch.Generator
 
     Raises ValueError where a class between 0 and the highest label has none or fewer than `shot`.
     """
-    split = as_split(split)
+    generator, split = as_generator(generator), as_split(split)
     labels = as_labels(split.labels)
     if labels.is_floating_point():
         raise ValueError(
@@ -118,9 +120,10 @@ class Matching:
         generator: torch.Generator | None,
         build: Callable[[], nn.Module] | None = None,
     ) -> None:
+        check_gradients_on()
         check_count("per_class", per_class)
         self.config = config
-        self.generator = generator or torch.Generator().manual_seed(0)
+        self.generator = as_generator(generator)
         seen = seen_images(split, config.shot, generator=self.generator)
         if seen.inputs.ndim != 4:
             raise ValueError(

@@ -57,6 +57,7 @@ class DistributionMatchingConfig(MatchingConfig):
             check_number(name, getattr(self, name), at_least=0)
 
 
+@torch.enable_grad()
 def match_distributions(
     split: AnySplit,
     *,

@@ -68,6 +68,7 @@ class GradientMatchingConfig(MatchingConfig):
         return (1, 1) if per_class == 1 else (per_class, max(1, 500 // per_class))
 
 
+@torch.enable_grad()
 def match_gradients(
     split: AnySplit,
     *,
