@@ -50,6 +50,7 @@ BADGES = {
     "smoke": "smoke run · not a result",
     "quick": "digits · quick",
     "cifar10": "CIFAR-10 · reduced",
+    "cifar10-ten": "CIFAR-10 · ten per class, reduced",
     "imagenette": "Imagenette 64×64 · reduced",
     "paper": "paper scale",
 }
@@ -147,6 +148,51 @@ def is_current(record: Mapping[str, Any]) -> bool:
         return False
     used: dict[str, str] = record.get("checkpoints", {})
     return used == _checkpoint_digests(used)
+
+
+_kept: Path | None = None
+
+
+def kept_jobs() -> Path | None:
+    """Return the folder of what this run's jobs have given so far; None for a run by hand."""
+    return _kept
+
+
+def jobs_home(directory: Path) -> Path:
+    """Return what holds the finished jobs of whole runs that publish to `directory`."""
+    return directory.parents[1] / ".jobs" / "-".join(directory.parts[-2:])
+
+
+def _keep_jobs(run: Run) -> None:
+    """Make the folder in which finished jobs outlive a kill; what another run left there goes.
+
+    Another run is one of other code, parameters, data or shipped classifiers. Where this one goes
+    on, the time that it has taken already counts as its own.
+    """
+    global _kept
+    if not run.context:
+        _kept = None
+        return
+    from dsvlib.classifiers.files import shipped_digests  # torch, which the command line lacks
+
+    home = jobs_home(run.directory)
+    same = [run.code, run.data_digest, run.parameters, run.seed, shipped_digests()]
+    _kept = home / digest(same)[:16]
+    for other in set(home.glob("*")) - {_kept}:
+        shutil.rmtree(other, ignore_errors=True)
+    _kept.mkdir(parents=True, exist_ok=True)
+    began = _kept / "began"
+    if began.is_file():
+        last = max(path.stat().st_mtime for path in _kept.iterdir())
+        run.started -= max(0.0, last - float(began.read_text()))
+    began.write_text(str(run.started))
+
+
+def _forget_jobs() -> None:
+    global _kept
+    if _kept is not None:
+        shutil.rmtree(_kept.parent, ignore_errors=True)
+    _kept = None
 
 
 _opened: set[str] = set()  # the shipped classifiers that this process has read
@@ -269,6 +315,7 @@ class Run:
         with explain("write to", run.directory.parents[1]):
             shutil.rmtree(run.staging, ignore_errors=True)
             run.staging.mkdir(parents=True)
+            _keep_jobs(run)
         atexit.register(shutil.rmtree, run.staging, ignore_errors=True)
         return run
 
@@ -425,6 +472,7 @@ class Run:
             write_json(self.staging / RECORD, record | {"digest": digest(record)})
             _publish(self.staging, self.directory, staged + sidecars)
         self.finished = True
+        _forget_jobs()
         figures = sum(path.suffix == ".png" for path in staged)
         sets = sum(path.suffix == ".safetensors" for path in staged)
         counts = [f"{figures} figures", f"{len(sidecars) - figures - sets} tables"]

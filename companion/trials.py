@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+import joblib
 import torch
 from joblib import Parallel, delayed
 from torch import nn
 
 from companion.recipes import RECIPES, classifier
+from companion.runs import kept_jobs
+from dsvlib._files import atomic_path
 from dsvlib.classifiers.architectures import build_model
 from dsvlib.classifiers.training import Labelled, train
 from dsvlib.data.datasets import Dataset, Split
@@ -23,6 +28,7 @@ from dsvlib.support_set import SupportSet
 from dsvlib.synthesis import SynthesisConfig
 
 Job = TypeVar("Job", bound=Hashable)
+_calls = itertools.count()  # of `by_job`: a notebook makes the same ones, in the same order
 
 
 def seeded(number: int) -> torch.Generator:
@@ -105,14 +111,23 @@ def by_job(
     """Return what `task` gives for each job, and the seconds it took, both by job.
 
     `jobs` holds the task's arguments by job, or lists jobs that are tuples of arguments themselves;
-    they run `side_by_side`.
+    they run `side_by_side`. Where a run keeps finished jobs (`runs.kept_jobs`), the same run after
+    a kill takes up theirs: what a job gives depends on nothing but code, parameters, data and seed.
     """
     arguments: Mapping[Any, Any] = jobs if isinstance(jobs, Mapping) else {job: job for job in jobs}
+    folder, call = kept_jobs(), next(_calls)
+    places = {job: folder and folder / f"{call}-{i}.joblib" for i, job in enumerate(arguments)}
+    done = {job: joblib.load(at) for job, at in places.items() if at is not None and at.is_file()}
 
-    def timed(*job: Any) -> tuple[Any, float]:
+    def timed(place: Path | None, *job: Any) -> tuple[Any, float]:
         began = time.perf_counter()
-        return task(*job), time.perf_counter() - began
+        found = task(*job), time.perf_counter() - began
+        if place is not None:
+            with atomic_path(place) as temporary:
+                joblib.dump(found, temporary)
+        return found
 
-    done = side_by_side(timed, arguments.values(), workers)
-    found = {job: result for job, (result, _) in zip(arguments, done, strict=True)}
-    return found, {job: s for job, (_, s) in zip(arguments, done, strict=True)}
+    rest = [job for job in arguments if job not in done]
+    fresh = side_by_side(timed, [(places[job], *arguments[job]) for job in rest], workers)
+    done |= dict(zip(rest, fresh, strict=True))
+    return {job: done[job][0] for job in arguments}, {job: done[job][1] for job in arguments}

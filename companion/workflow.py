@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from companion.runs import (
     code_digest,
     digest,
     is_current,
+    jobs_home,
     own_root,
     read_record,
     repository_root,
@@ -133,6 +135,8 @@ def reproduce(
         with explain("write to", own_root()):  # what would fail in each notebook's last cell
             probe(own_root() / ".staging")
         stale = forget(todo, force=force)
+        for job in todo if force else ():
+            shutil.rmtree(jobs_home(job.directory), ignore_errors=True)
         for job in todo:
             if job not in stale:
                 echo(f"{job.name} · up to date (--force runs it again)")

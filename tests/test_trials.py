@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from checkout import make_checkout, whole_run
 
 import dsvlib
-from companion import recipes
+from companion import recipes, trials
 from companion.presets import plan, read_presets
+from companion.runs import Run
 from companion.trials import as_set, by_job, classifiers, seeded, side_by_side, with_settings
 from dsvlib import SynthesisConfig
 
@@ -35,6 +41,65 @@ def test_a_job_s_result_depends_on_its_seed_alone(workers: int) -> None:
     assert min(seconds.values()) >= 0
     named, _ = by_job(drawn, {"one": (1, 3.0)}, workers)
     assert named == {"one": drawn(1, 3.0)}
+
+
+def start(**changes: Any) -> Run:
+    options = {"preset": "smoke", "seed": 0, "parameters": {"steps": 2}, "data_digest": "abc"}
+    return Run.start("01_line", **(options | changes))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_was_killed_takes_up_the_jobs_it_had_finished(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_checkout(tmp_path, monkeypatch)
+    begun, fails_at = root / "begun", root / "fails"
+    begun.mkdir()
+
+    def task(number: int) -> tuple[int, torch.Tensor]:
+        (begun / f"{number}-{len(list(begun.glob(f'{number}-*')))}").touch()
+        if fails_at.is_file() and number == 2:
+            raise RuntimeError("killed")
+        return number, torch.arange(number)
+
+    def again(**changes: Any) -> tuple[Run, list[str]]:
+        """Run the notebook anew in a fresh kernel, to its end or until it is killed."""
+        for path in begun.iterdir():
+            path.unlink()
+        monkeypatch.setattr(trials, "_calls", itertools.count())
+        run = start(**changes)
+        try:
+            first, _ = by_job(task, [(0,), (1,)], workers)
+            second, seconds = by_job(task, {"x": (1,), "y": (2,), "z": (3,)}, workers)
+        except RuntimeError:
+            return run, sorted(path.name for path in begun.iterdir())
+        assert [n for n, _ in (*first.values(), *second.values())] == [0, 1, 1, 2, 3]
+        assert all(t.equal(torch.arange(n)) for n, t in second.values())
+        assert min(seconds.values()) >= 0
+        return run, sorted(path.name for path in begun.iterdir())
+
+    with whole_run(root / "build" / "runs" / "smoke" / "01_line"):
+        fails_at.touch()
+        killed, _ = again()
+        fails_at.unlink()
+        run, ran = again()
+        assert "0-0" not in ran
+        assert "1-0" not in ran
+        assert "2-0" in ran
+        assert run.started <= killed.started
+        _, ran = again()
+        assert ran == []
+        for change in ({"parameters": {"steps": 3}}, {"data_digest": "def"}):
+            _, ran = again(**change)
+            assert len(ran) == 5
+        run.complete()
+        assert not list((root / "build" / "runs" / ".jobs").iterdir())
+        _, ran = again()
+        assert len(ran) == 5, "a complete run leaves nothing to take up"
+    _, ran = again()  # by hand
+    assert len(ran) == 5
+    _, ran = again()
+    assert len(ran) == 5
 
 
 def test_a_line_of_settings_lies_over_a_configuration() -> None:

@@ -33,7 +33,7 @@ from companion import execution
 from companion import workflow as module
 from companion.forecast import expected
 from companion.presets import Job, plan
-from companion.runs import read_record
+from companion.runs import jobs_home, read_record
 from companion.workflow import done, reproduce, up_to_date
 from dsvlib._errors import DsvError, RequestError
 from dsvlib._files import PACKAGE
@@ -255,6 +255,17 @@ def test_staging_of_a_dead_process_is_removed_and_of_a_living_one_kept(
     papermill(publish)
     assert reproduce(echo=lambda _: None)
     assert [path.name for path in staging.iterdir()] == [f"quick-01_line-{os.getppid()}"]
+
+
+def test_force_takes_up_nothing(checkout: Path, papermill: Callable[..., list[str]]) -> None:
+    seen: list[bool] = []
+    kept = jobs_home(plan()[0].directory) / "abc"
+    papermill(lambda *_: seen.append(kept.is_dir()), command="exit 1")
+    for force in (False, True):
+        kept.mkdir(parents=True, exist_ok=True)
+        assert not reproduce(force=force, echo=lambda _: None)
+    assert seen[0]
+    assert not any(seen[-2:]), "a kernel that does not start is tried twice"
 
 
 def test_kernel_runs_and_publishes_also_in_a_poor_environment(
